@@ -1,0 +1,38 @@
+"""Durable Celery chords and results on PostgreSQL.
+
+PostgreSQL is the source of truth, the broker only delivers.
+"""
+
+from celery_pgbarrier.backend import BarrierBackend
+from celery_pgbarrier.beat import beat_schedule
+from celery_pgbarrier.errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    DispatchConflict,
+    DispatchUnknown,
+    HolderLost,
+    MemberEndedWithoutResult,
+    PgBarrierError,
+    SchemaError,
+    TaskCrashed,
+)
+from celery_pgbarrier.task import BarrierTask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # what an app uses
+    "BarrierBackend",
+    "BarrierTask",
+    "beat_schedule",
+    # errors
+    "ConfigurationError",
+    "DatabaseUnavailable",
+    "DispatchConflict",
+    "DispatchUnknown",
+    "HolderLost",
+    "MemberEndedWithoutResult",
+    "PgBarrierError",
+    "SchemaError",
+    "TaskCrashed",
+]

@@ -1,0 +1,232 @@
+"""The one hook into Celery's publishing: task messages are caught on their way out.
+
+Routing, serialisation and ``before_task_publish`` run as ever: only the producer that they end
+in is another one.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from celery import Celery, current_task
+from celery.signals import before_task_publish
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu.compression import compress
+from kombu.serialization import dumps
+
+from celery_pgbarrier import compat
+from celery_pgbarrier.dispatch import Envelope
+from celery_pgbarrier.lease import Attempt
+from celery_pgbarrier.unit import STAMP, Fence, Message, Stamp, Unit
+
+#: The request attribute that holds the running attempt.
+ATTEMPT = "pgb_attempt"
+
+
+@dataclass(frozen=True)
+class _Scope:
+    unit: Unit
+    outcomes: bool
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("pgbarrier_scope", default=None)
+_parent_fence: ContextVar[tuple[str, Fence] | None] = ContextVar("pgbarrier_fence", default=None)
+
+
+# -- what is going on in this thread
+
+
+def attempt_of(request: Any) -> Attempt | None:
+    """Return the attempt that a task request belongs to."""
+    return getattr(request, ATTEMPT, None)
+
+
+def current_attempt() -> Attempt | None:
+    """Return the attempt that runs in this thread."""
+    return attempt_of(getattr(current_task, "request", None)) if current_task else None
+
+
+def unit_for(task_id: str | None = None) -> Unit | None:
+    """Return the unit that a message sent now belongs to, None where it goes out at once.
+
+    While a task's body runs, only its own retry or replacement and the members that it adds to
+    its chord wait for its outcome; what is sent after the body belongs to the outcome.
+    """
+    scope = _scope.get()
+    if scope is not None:
+        return scope.unit
+    attempt = current_attempt()
+    if attempt is None or attempt.phase == "closed":
+        return None
+    own = task_id is not None and (task_id == attempt.task_id or task_id in attempt.added)
+    return attempt.unit if attempt.phase == "ended" or own else None
+
+
+def recording() -> Unit | None:
+    """Return the unit that outcomes are being recorded into, None where they are written."""
+    scope = _scope.get()
+    return scope.unit if scope is not None and scope.outcomes else None
+
+
+@contextmanager
+def into(unit: Unit, outcomes: bool = False) -> Iterator[Unit]:
+    """Catch messages (and, where *outcomes*, results) of this context in *unit*."""
+    token = _scope.set(_Scope(unit, outcomes))
+    try:
+        yield unit
+    finally:
+        _scope.reset(token)
+
+
+@contextmanager
+def parent_fence(task_id: str, fence: Fence) -> Iterator[None]:
+    """Write outcomes of a task on the word of the worker's parent."""
+    token = _parent_fence.set((task_id, fence))
+    try:
+        yield
+    finally:
+        _parent_fence.reset(token)
+
+
+def fence_for(task_id: str, request: Any) -> Fence:
+    """Return on whose word an outcome that is written here and now stands."""
+    attempt = attempt_of(request)
+    if attempt is not None and attempt.task_id == task_id:
+        return Fence(token=attempt.token)
+    parent = _parent_fence.get()
+    if parent is not None and parent[0] == task_id:
+        return parent[1]
+    return Fence()
+
+
+# -- the hook
+
+
+class CapturingProducer:
+    """Stands in for a :class:`kombu.Producer` and keeps what it is given to publish."""
+
+    def __init__(self, app: Celery, producer: Any, unit: Unit) -> None:
+        self._app = app
+        self._producer = producer
+        self._unit = unit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def publish(self, body: Any, **options: Any) -> None:
+        """Record a task message; any other message (a task-sent event) is sent after commit."""
+        headers = options.get("headers") or {}
+        if "task" in headers and "id" in headers:
+            self._unit.events.append(self._message(body, headers, options))
+        else:
+            self._unit.sent_events.append(lambda producer: producer.publish(body, **options))
+
+    def _message(self, body: Any, headers: dict[str, Any], options: dict[str, Any]) -> Message:
+        embed = body[2] if isinstance(body, (tuple, list)) and len(body) == 3 else {}
+        return Message(
+            task_id=headers["id"],
+            name=headers["task"],
+            envelope=_envelope(body, dict(headers), dict(options), self._producer.serializer),
+            eta=_aware(self._app, headers.get("eta")),
+            group=headers.get("group"),
+            in_chord=bool(embed.get("chord")),
+            chain=list(embed.get("chain") or []),
+        )
+
+
+def _envelope(
+    body: Any, headers: dict[str, Any], options: dict[str, Any], serializer: Any
+) -> Envelope:
+    """Serialise a message as :meth:`kombu.Producer.publish` would."""
+    for option in ("headers", "retry", "retry_policy", "timeout", "confirm_timeout"):
+        options.pop(option, None)
+    content_type, encoding, payload = dumps(body, options.pop("serializer", None) or serializer)
+    payload = payload.encode(encoding) if isinstance(payload, str) else payload
+    compression = options.pop("compression", None)
+    if compression:
+        payload, headers["compression"] = compress(payload, compression)
+    exchange = options.pop("exchange", None)
+    declare = [queue.name for queue in options.pop("declare", None) or () if _is_queue(queue)]
+    return Envelope(
+        body=payload,
+        content_type=content_type,
+        content_encoding=encoding,
+        exchange=getattr(exchange, "name", exchange) or "",
+        routing_key=options.pop("routing_key", None) or "",
+        headers=headers,
+        declare=declare,
+        properties={key: value for key, value in options.items() if value is not None},
+    )
+
+
+def _is_queue(entity: Any) -> bool:
+    return hasattr(entity, "routing_key") and hasattr(entity, "name")
+
+
+def _aware(app: Celery, eta: str | None) -> str | None:
+    if eta is None:
+        return None
+    moment: str = maybe_make_aware(maybe_iso8601(eta), app.timezone).isoformat()
+    return moment
+
+
+def _stamp(headers: dict[str, Any] | None = None, **_: Any) -> None:
+    """Give every task message a stamp; one that was passed on from another task is replaced."""
+    if not headers or "id" not in headers:
+        return
+    stamp = headers.get(STAMP)
+    if not stamp or stamp.get("id") != headers["id"]:
+        headers[STAMP] = Stamp(str(uuid.uuid4())).header(headers["id"])
+
+
+before_task_publish.connect(_stamp, weak=False)
+
+
+def install(app: Celery) -> None:
+    """Hook into an app's publishing; a second call changes nothing."""
+    sender = app.amqp.send_task_message
+    if getattr(sender, "_pgbarrier", False):
+        return
+
+    @wraps(sender)
+    def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+        unit = unit_for(message.headers.get("id"))
+        if unit is not None:
+            producer = CapturingProducer(app, producer, unit)
+        return sender(producer, name, message, **options)
+
+    send_task_message._pgbarrier = True  # type: ignore[attr-defined]
+    app.amqp.send_task_message = send_task_message
+
+
+def wrap_chords(opened: Callable[[Celery], Callable[[Unit], None] | None]) -> None:
+    """Record every chord as one unit.
+
+    Parameters:
+        opened: given the app of a chord that starts, returns what records its unit, or None where
+            the app has another result backend.
+    """
+
+    def wrapper(original: compat.Run) -> compat.Run:
+        @wraps(original)
+        def run(self: Any, header: Any, body: Any, partial_args: Any, **options: Any) -> Any:
+            app = options.get("app") or self._get_app(body)
+            record = opened(app)
+            if record is None or unit_for() is not None:
+                return original(self, header, body, partial_args, **options)
+            attempt = current_attempt()
+            unit = Unit(attempt.stamp.call if attempt else None)
+            with into(unit):
+                result = original(self, header, body, partial_args, **options)
+            record(unit)
+            return result
+
+        return run
+
+    compat.wrap_chord_run(wrapper)

@@ -1,0 +1,102 @@
+"""Celery's private names that are used here, in one place.
+
+Checked against Celery 5.5.3, 5.6.3 and 5.7.0:
+
+- ``Backend._errback_arity_greater`` (5.7) and :func:`celery.utils.functional.arity_greater`
+  (before): how Celery tells errbacks that it runs inline, with ``(request, exc, traceback)``, from
+  those that it sends as a task with the failed task's id.
+- ``canvas._chord.run``: the method that publishes a chord; it is wrapped, not replaced.
+- ``Task.request_stack``/``celery.current_task``: the request of the task that runs in this thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from celery import Celery
+from celery._state import get_current_task
+from celery.canvas import _chord
+from celery.exceptions import NotRegistered, TaskRevokedError
+from celery.utils.functional import _regen, arity_greater
+from kombu.serialization import registry
+
+Run = Callable[..., Any]
+
+
+def is_lazy(results: Any) -> bool:
+    """Tell whether a header's results come from a generator that must not be exhausted."""
+    return isinstance(results, _regen)
+
+
+def wrap_chord_run(wrapper: Callable[[Run], Run]) -> None:
+    """Wrap the method that publishes every chord; a second call changes nothing."""
+    original = _chord.run
+    if not getattr(original, "_pgbarrier", False):
+        wrapped = wrapper(original)
+        wrapped._pgbarrier = True  # type: ignore[attr-defined]
+        _chord.run = wrapped
+
+
+def split_errbacks(app: Celery, backend: Any, errbacks: Any) -> tuple[list[Any], list[Any]]:
+    """Return the errbacks that Celery runs inline, and those that it sends as messages."""
+    inline: list[Any] = []
+    sent: list[Any] = []
+    for errback in errbacks or ():
+        signature = app.signature(errback)
+        (inline if _runs_inline(backend, signature) else sent).append(errback)
+    return inline, sent
+
+
+def _runs_inline(backend: Any, errback: Any) -> bool:
+    try:
+        header = getattr(errback.type, "__header__", None)
+    except NotRegistered:
+        return False
+    if header is None or isinstance(header, partial):
+        return False
+    counter = getattr(backend, "_errback_arity_greater", None)
+    if counter is not None:
+        return bool(counter(errback, 1))
+    return bool(arity_greater(header, 1))
+
+
+def revoked(reason: str) -> TaskRevokedError:
+    """Return the error that Celery stores for a revoked task."""
+    return TaskRevokedError(reason)
+
+
+def current_task() -> Any:
+    """Return the task that runs in this thread, None where there is none."""
+    return get_current_task()
+
+
+def current_task_id() -> str | None:
+    """Return the id of the task that runs in this thread."""
+    task = get_current_task()
+    return task.request.id if task else None
+
+
+def serializer_for(content_type: str | None) -> str | None:
+    """Return the name of the serializer of a content type."""
+    name: str | None = registry.type_to_name.get(content_type)
+    return name
+
+
+#: The headers of a task message (protocol 2), as in ``celery.app.amqp.AMQP.as_task_v2``.
+_HEADERS = (
+    "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries",
+    "timelimit", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result",
+    "replaced_task_nesting", "stamped_headers", "stamps",
+)  # fmt: skip
+
+
+def message_headers(request: Any) -> dict[str, Any]:
+    """Return the message headers that a running task's request was made of."""
+    headers = dict(request.headers or {})
+    for own in ("pgb_content", "pgb_attempt", "properties"):
+        headers.pop(own, None)
+    headers.update({key: getattr(request, key, None) for key in _HEADERS})
+    headers.update(task=request.task, lang="py")
+    return headers

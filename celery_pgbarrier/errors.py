@@ -1,0 +1,50 @@
+"""Everything that celery-pgbarrier raises, in one small tree."""
+
+from __future__ import annotations
+
+
+class PgBarrierError(Exception):
+    """Base class of every error of celery-pgbarrier."""
+
+
+class ConfigurationError(PgBarrierError):
+    """A setting or a URL cannot be used; the message names it and the remedy."""
+
+
+class SchemaError(PgBarrierError):
+    """The tables are missing or behind; the message holds the command that mends it."""
+
+
+class ServerTooOld(SchemaError):
+    """The PostgreSQL server is older than the oldest supported version (13)."""
+
+
+class DatabaseUnavailable(PgBarrierError):
+    """PostgreSQL could not be reached in the time allowed; nothing was committed."""
+
+
+class DatabaseRetryLater(DatabaseUnavailable):
+    """The answer to COMMIT was lost and could not be looked up in the time allowed."""
+
+
+class DispatchUnknown(PgBarrierError):
+    """It is unknown whether a chord was recorded: the answer to COMMIT was lost.
+
+    Look the ids up once PostgreSQL answers again: the chord is either whole or was never there.
+    """
+
+
+class DispatchConflict(PgBarrierError):
+    """A chord or task id was used again while its earlier run is still going on."""
+
+
+class MemberEndedWithoutResult(PgBarrierError):
+    """A chord member raised ``Ignore``: it ended without a result, so its chord cannot complete."""
+
+
+class TaskCrashed(PgBarrierError):
+    """The process that ran the task died as often as ``pgbarrier_max_crashes`` allows."""
+
+
+class HolderLost(PgBarrierError):
+    """The worker died while it ran a plain task, which is not run again unless ``acks_late``."""

@@ -1,0 +1,264 @@
+"""Orphans are found and put back to work: ``run_once`` does one bounded pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, Row
+
+from celery_pgbarrier import barrier, faults
+from celery_pgbarrier.dispatch import Envelope, publish
+from celery_pgbarrier.errors import HolderLost, PgBarrierError, TaskCrashed
+from celery_pgbarrier.lease import Held, Loss, put_back
+from celery_pgbarrier.store import sql
+
+logger = logging.getLogger(__name__)
+
+#: Messages of a queue that are sent as a probe where nothing shows whether it is a backlog.
+_PROBES = 10
+#: Batches of each kind in one pass; what is left is the next pass's.
+_MOST_BATCHES = 100
+
+
+class Failing(barrier.Releasing, Protocol):
+    """A host that can fail a task from its recorded message."""
+
+    def fail_recorded(self, task_id: str, token: str | None, error: Exception) -> bool:
+        """Store *error* as the task's outcome, with all that follows from it."""
+        ...
+
+
+@dataclass
+class Counts:
+    """What a pass did: how many workers were declared dead, tasks put back..."""
+
+    workers_dead: int = 0
+    tasks_released: int = 0
+    tasks_failed: int = 0
+    messages_published: int = 0
+    messages_deferred: int = 0
+    barriers_released: int = 0
+    rows_purged: int = 0
+
+    @property
+    def total(self) -> int:
+        """How many things were mended or purged."""
+        counts: list[int] = list(asdict(self).values())
+        return sum(counts) - self.messages_deferred
+
+
+def run_once(host: Failing) -> Counts:
+    """Do one pass over all orphans; any number of passes may run at once.
+
+    Returns what was done.  Errors of single tasks are logged and do not stop the pass.
+
+    Raises:
+        DatabaseUnavailable: PostgreSQL is away; the next pass goes on.
+    """
+    counts = Counts()
+    _bury(host, counts)
+    _release_claims(host, counts)
+    _release_barriers(host, counts)
+    _publish_due(host, counts)
+    counts.rows_purged += purge(host, batches=1)
+    if counts.total:
+        logger.info("Reaped: %s", counts)
+    return counts
+
+
+def take_turn(host: Failing, interval: float) -> bool:
+    """Tell whether this process is to do the pass of this interval (seconds)."""
+    return host.database.count(sql.REAPER_TURN, {"interval": interval * 0.9}) == 1
+
+
+# -- dead holders
+
+
+def _bury(host: Failing, counts: Counts) -> None:
+    settings = host.settings
+    host.database.count(sql.WORKERS_SUSPECT, {"lease": settings.lease})
+    patience = 2 * settings.heartbeat
+    counts.workers_dead += host.database.count(sql.WORKERS_DEAD, {"patience": patience})
+
+
+def _release_claims(host: Failing, counts: Counts) -> None:
+    limit = host.settings.batch_size
+    for _ in range(_MOST_BATCHES):
+        lost = host.database.statement(sql.CLAIMS_LOST, {"limit": limit})
+        settled = sum(settle_claim(host, row, row.holder == "dead", counts) for row in lost)
+        if len(lost) < limit or not settled:
+            return
+
+
+def settle_claim(host: Failing, row: Row[Any], crash: bool, counts: Counts) -> bool:
+    """Put back or fail one claim whose process is gone; one transaction a task.
+
+    Two reapers that settle the same claim do no harm: the token lets one of them through.
+    """
+    try:
+        if not row.rerun:
+            error: PgBarrierError = HolderLost(
+                f"the worker that ran {row.name} died; the task is not run again, "
+                "because it neither is a BarrierTask nor has acks_late"
+            )
+            counts.tasks_failed += host.fail_recorded(row.id, row.token, error)
+            return True
+        loss = put_back(host, Held(row.id, "running", row.token), crash, 1.0)
+        if loss is Loss.RELEASED:
+            counts.tasks_released += 1
+        elif loss is Loss.SPENT:
+            counts.tasks_failed += host.fail_recorded(row.id, row.token, crashed(host, row.name))
+        return loss is not Loss.UNKNOWN
+    except Exception:
+        logger.exception("Task %s is settled in a later pass", row.id)
+        return False
+
+
+def crashed(host: Failing, name: str | None) -> TaskCrashed:
+    """Return the error of a task whose crashes are spent."""
+    limit = host.settings.max_crashes
+    return TaskCrashed(f"{name} died with its process {limit} times (pgbarrier_max_crashes)")
+
+
+# -- barriers
+
+
+def _release_barriers(host: Failing, counts: Counts) -> None:
+    parameters = {"grace": min(host.settings.publish_grace, 1.0), "limit": host.settings.batch_size}
+    for row in host.database.statement(sql.BARRIERS_READY, parameters):
+        try:
+            counts.barriers_released += barrier.release(host, row.id)
+        except Exception:
+            logger.exception("Chord %s is released in a later pass", row.id)
+
+
+# -- messages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with messages that are due: ids to publish, probes by queue, ids to leave."""
+
+    publish: list[str]
+    probes: dict[str, list[str]]
+    defer: list[str]
+
+
+def plan(
+    due: Sequence[Row[Any]], moved: dict[str, datetime], probing: set[str], probes: int = _PROBES
+) -> Plan:
+    """Decide which messages are lost and which only wait in a long queue.
+
+    A message is lost when it was never published or when its queue has moved past it: a younger
+    message was claimed.  Where nothing shows that, a few messages of the queue are sent again as
+    a probe: if the queue is a backlog they wait too, if it lost its messages they are claimed and
+    show it.
+    """
+    result = Plan([], {}, [])
+    for row in due:
+        through = moved.get(row.queue)
+        if row.published_at is None or (through is not None and row.published_at < through):
+            result.publish.append(row.id)
+        elif row.queue not in probing and len(result.probes.get(row.queue, [])) < probes:
+            result.probes.setdefault(row.queue, []).append(row.id)
+        else:
+            result.defer.append(row.id)
+    return result
+
+
+def _publish_due(host: Failing, counts: Counts) -> None:
+    for _ in range(_MOST_BATCHES):
+        taken: list[Row[Any]] = []
+
+        def work(connection: Connection, taken: list[Row[Any]] = taken) -> int:
+            taken.clear()
+            return _take_up(host, connection, taken, counts)
+
+        found = host.database.transaction(work)
+        if taken:
+            faults.point("reap.advanced")
+            envelopes = [(row.id, Envelope.decode(row.message)) for row in taken]
+            published = publish(host.app, envelopes)
+            counts.messages_published += len(published)
+            if len(published) < len(taken):
+                missed = [row.id for row in taken if row.id not in set(published)]
+                _defer(host, missed, unpublished=True)
+                return
+        if found < host.settings.batch_size:
+            return
+
+
+def _take_up(host: Failing, connection: Connection, taken: list[Row[Any]], counts: Counts) -> int:
+    statements, settings = host.database.sql, host.settings
+    due = connection.execute(statements[sql.TASKS_DUE], {"limit": settings.batch_size}).all()
+    if not due:
+        return 0
+    queues = {"queues": sorted({row.queue for row in due})}
+    moved: dict[str, datetime] = {}
+    for queue, through in connection.execute(statements[sql.QUEUES_MOVED], queues):
+        if through is not None and (queue not in moved or through > moved[queue]):
+            moved[queue] = through
+    probing = set(connection.execute(statements[sql.PROBES_OUT], queues).scalars())
+    decided = plan(due, moved, probing)
+    for queue, ids in decided.probes.items():
+        probe = {"queue": queue, "id": ids[0], "through": moved.get(queue)}
+        connection.execute(statements[sql.PROBE_SENT], probe)
+    chosen = decided.publish + [task_id for ids in decided.probes.values() for task_id in ids]
+    if chosen:
+        advance = {"ids": chosen, "after": settings.republish_after}
+        taken.extend(connection.execute(statements[sql.TASKS_ADVANCE], advance))
+    if decided.defer:
+        later = {"ids": decided.defer, "after": settings.reap_interval, "unpublished": False}
+        deferred = connection.execute(statements[sql.TASKS_DEFER], later)
+        counts.messages_deferred += deferred.rowcount
+    return len(due)
+
+
+def _defer(host: Failing, ids: list[str], unpublished: bool) -> None:
+    parameters = {"ids": ids, "after": host.settings.reap_interval, "unpublished": unpublished}
+    host.database.count(sql.TASKS_DEFER, parameters)
+
+
+# -- purge
+
+
+def purge(host: barrier.Releasing, batches: int | None = None) -> int:
+    """Delete expired rows in batches, each its own transaction; return how many rows went.
+
+    Parameters:
+        batches: at most so many batches of each kind; None for all there is.
+    """
+    limit, gone = {"limit": host.settings.batch_size}, 0
+    for statement in (sql.PURGE_TASKS, sql.PURGE_GROUPS):
+        done = 0
+        while batches is None or done < batches:
+            rows = host.database.count(statement, limit)
+            gone, done = gone + rows, done + 1
+            if rows < host.settings.batch_size:
+                break
+    done = 0
+    while batches is None or done < batches:
+        rows = host.database.transaction(lambda conn: _purge_barrier(conn, host))
+        gone, done = gone + rows, done + 1
+        if not rows:
+            break
+    day = max(host.settings.lease * 10, 3600.0)
+    return gone + host.database.count(sql.WORKERS_PURGE, {"age": day})
+
+
+def _purge_barrier(connection: Connection, host: barrier.Releasing) -> int:
+    statements = host.database.sql
+    barrier_id = connection.execute(statements[sql.EXPIRED_BARRIER]).scalar()
+    if barrier_id is None:
+        return 0
+    limit = host.settings.batch_size
+    members = connection.execute(
+        statements[sql.PURGE_MEMBERS], {"id": barrier_id, "limit": limit}
+    ).rowcount
+    if members == limit:
+        return members
+    return members + connection.execute(statements[sql.PURGE_BARRIER], {"id": barrier_id}).rowcount

@@ -1,0 +1,85 @@
+"""The worker parent's view of a ``BarrierTask`` message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from billiard.exceptions import WorkerLostError
+from celery.utils.log import get_logger
+from celery.worker.request import Request
+from celery.worker.state import task_ready
+
+from celery_pgbarrier import capture, lease
+from celery_pgbarrier.lease import Loss
+from celery_pgbarrier.unit import STAMP, Fence, Stamp
+
+logger = get_logger(__name__)
+
+#: The request field that tells the child how its message was serialised.
+CONTENT = "pgb_content"
+
+
+class BarrierRequest(Request):  # type: ignore[misc]
+    """A request whose outcomes, where the parent writes them, are fenced by its pool child."""
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self._request_dict[CONTENT] = [self._content_type, self._content_encoding]
+
+    @property
+    def stamp(self) -> Stamp:
+        """The stamp of the message in hand."""
+        return Stamp.of(self.id, self._request_dict.get(STAMP))
+
+    def _fenced(self) -> Any:
+        fence = Fence(worker=lease.boot.current(), pid=self.worker_pid or 0, stamp=self.stamp)
+        return capture.parent_fence(self.id, fence)
+
+    def revoked(self) -> Any:
+        """Skip a revoked or expired task; a copy never revokes the run of another process."""
+        with self._fenced():
+            return super().revoked()
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Terminate the pool child that runs the task."""
+        with self._fenced():
+            super().terminate(pool, signal)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Store a hard time limit, unless an outcome stands."""
+        with self._fenced():
+            super().on_timeout(soft, timeout)
+
+    def on_failure(
+        self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
+    ) -> Any:
+        """Put a task back whose process died; leave every other failure to Celery."""
+        with self._fenced():
+            if self._process_lost(exc_info) and self._put_back():
+                return None
+            return super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def _process_lost(self, exc_info: Any) -> bool:
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if self._already_cancelled or self._already_revoked:
+            return False
+        return isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
+
+    def _put_back(self) -> bool:
+        """Settle the task of a lost process; False where Celery's own handling is to follow."""
+        try:
+            loss = self.task.backend.process_lost(self.id, self.stamp, self.worker_pid, self.name)
+        except Exception as error:
+            # The audit of the next heartbeats settles it.
+            logger.error("Task %s lost its process and is settled later: %s", self.id, error)
+            loss = Loss.ELSEWHERE
+        if loss is Loss.UNKNOWN:
+            return False
+        logger.warning("Process %s of task %s is gone: %s", self.worker_pid, self.id, loss.value)
+        task_ready(self)
+        if self.task.acks_late:
+            self.acknowledge()
+        return True

@@ -1,0 +1,1 @@
+"""How things are kept: nothing here imports Celery, and only ``database`` commits."""

@@ -1,0 +1,269 @@
+"""Connections, transactions, retries: the only module that commits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, CursorResult, Engine
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from celery_pgbarrier.errors import (
+    ConfigurationError,
+    DatabaseRetryLater,
+    DatabaseUnavailable,
+    SchemaError,
+)
+from celery_pgbarrier.store import schema as versions
+from celery_pgbarrier.store.sql import Statements
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DRIVERS = ("psycopg2", "psycopg")
+#: SQLSTATE classes and codes that pass (PostgreSQL manual, appendix A).
+_TRANSIENT_CLASSES = ("08", "53")
+_TRANSIENT_CODES = {
+    "25006",  # read_only_sql_transaction: a standby that is about to be promoted
+    "40001",  # serialization_failure
+    "40P01",  # deadlock_detected
+    "55P03",  # lock_not_available
+    "57014",  # query_canceled: statement_timeout
+    "57P01",  # admin_shutdown
+    "57P02",  # crash_shutdown
+    "57P03",  # cannot_connect_now
+    "57P05",  # idle_session_timeout
+    "25P03",  # idle_in_transaction_session_timeout
+}
+_SCHEMA_CODES = {"42P01", "42703", "3F000"}  # undefined table, column, invalid schema
+_DENIED = "42501"  # insufficient_privilege
+
+
+def parse_url(url: str) -> URL:
+    """Return the SQLAlchemy URL behind a result backend URL.
+
+    Raises:
+        ConfigurationError: it is not a URL, not PostgreSQL, or names a driver that is not
+            psycopg2 or psycopg (3).
+    """
+    try:
+        parsed = make_url(url.replace("pgbarrier://", "postgresql+psycopg2://", 1))
+    except ArgumentError:
+        raise ConfigurationError(
+            "the result backend is not a URL: use pgbarrier://user:password@host:port/database"
+        ) from None
+    dialect, _, driver = parsed.drivername.partition("+")
+    if dialect not in ("postgresql", "postgres"):
+        raise ConfigurationError(
+            f"pgbarrier keeps results in PostgreSQL, not {dialect}: "
+            "use pgbarrier://user:password@host:port/database"
+        )
+    if (driver or "psycopg2") not in DRIVERS:
+        raise ConfigurationError(
+            f"pgbarrier works with the drivers psycopg2 and psycopg, not {driver}: "
+            "use pgbarrier+postgresql+psycopg2://... or pgbarrier+postgresql+psycopg://..."
+        )
+    return parsed.set(drivername=f"postgresql+{driver or 'psycopg2'}")
+
+
+def sqlstate(error: DBAPIError) -> str | None:
+    """Return the SQLSTATE of a driver's error, None where the server sent none."""
+    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+
+
+def is_transient(error: Exception) -> bool:
+    """Tell whether the same work may succeed later."""
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    code = sqlstate(error)
+    if code is not None:
+        return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_CODES
+    return error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
+
+
+@dataclass
+class Database:
+    """One database as one process sees it: a bounded pool, made anew after a fork.
+
+    Parameters:
+        url: an SQLAlchemy PostgreSQL URL (see :func:`parse_url`).
+        schema: the schema of the tables, None for the search path's first.
+        auto_migrate: whether missing or old tables are brought up to date at first use.
+        engine_options: keyword arguments of :func:`sqlalchemy.create_engine`.
+    """
+
+    url: URL
+    schema: str | None = None
+    auto_migrate: bool = True
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sql = Statements(self.schema)
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._pid = 0
+        self._checked = False
+
+    # -- connections
+
+    def engine(self) -> Engine:
+        """Return this process's engine; a child never uses its parent's."""
+        if self._engine is None or self._pid != os.getpid():
+            # A lock inherited in its locked state would never be freed.
+            if self._pid != os.getpid():
+                self._lock = threading.Lock()
+            with self._lock:
+                if self._engine is None or self._pid != os.getpid():
+                    if self._engine is not None:
+                        self._engine.dispose(close=False)
+                    self._engine, self._pid = self._create(), os.getpid()
+        return self._engine
+
+    def _create(self) -> Engine:
+        options: dict[str, Any] = {"pool_size": 5, "max_overflow": 10, "pool_recycle": 3600}
+        options.update(self.engine_options)
+        if self.url.get_driver_name() == "psycopg":
+            arguments = dict(options.get("connect_args") or {})
+            arguments.setdefault("prepare_threshold", None)  # PgBouncer in transaction mode
+            options["connect_args"] = arguments
+        try:
+            return sa.create_engine(self.url, **options)
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"the driver {self.url.get_driver_name()} is not installed: pip install "
+                f"{'psycopg2-binary' if error.name == 'psycopg2' else 'celery-pgbarrier[psycopg]'}"
+            ) from None
+
+    def dispose(self) -> None:
+        """Close the idle connections of this process."""
+        if self._engine is not None and self._pid == os.getpid():
+            self._engine.dispose()
+
+    # -- the two ways to work
+
+    def transaction(
+        self, work: Callable[[Connection], T], patience: float = 0.0, check: bool = True
+    ) -> T:
+        """Run *work* in one transaction and return what it returns.
+
+        *work* may run more than once (after a lost connection, a deadlock, or an answer to COMMIT
+        that was lost), so it must be idempotent: every statement here is, by token or by call.
+
+        Parameters:
+            patience: seconds for which trouble that passes is retried.
+            check: whether the version of the tables is checked first.
+
+        Raises:
+            DatabaseUnavailable: out of patience, and nothing was committed.
+            DatabaseRetryLater: out of patience, and an answer to COMMIT was lost before.
+            SchemaError: the tables are missing or behind.
+        """
+
+        def attempt(committing: Callable[[], None]) -> T:
+            with self.engine().connect() as connection:
+                with connection.begin() as transaction:
+                    result = work(connection)
+                    committing()
+                    transaction.commit()
+                return result
+
+        return self._persist(attempt, patience, check)
+
+    def statement(
+        self, template: str, parameters: Mapping[str, Any], patience: float = 0.0
+    ) -> list[sa.Row[Any]]:
+        """Run one idempotent statement as its own transaction; return its rows.
+
+        Parameters and errors as :meth:`transaction`.
+        """
+        return self._statement(template, parameters, patience)[0]
+
+    def count(self, template: str, parameters: Mapping[str, Any], patience: float = 0.0) -> int:
+        """Run one statement as its own transaction; return the number of rows it touched."""
+        return self._statement(template, parameters, patience)[1]
+
+    def _statement(
+        self, template: str, parameters: Mapping[str, Any], patience: float
+    ) -> tuple[list[sa.Row[Any]], int]:
+        def attempt(committing: Callable[[], None]) -> tuple[list[sa.Row[Any]], int]:
+            engine = self.engine().execution_options(isolation_level="AUTOCOMMIT")
+            with engine.connect() as connection:
+                committing()
+                result: CursorResult[Any] = connection.execute(self.sql[template], parameters)
+                rows = list(result.all()) if result.returns_rows else []
+                return rows, result.rowcount
+
+        return self._persist(attempt, patience)
+
+    # -- trouble
+
+    def _persist(
+        self, attempt: Callable[[Callable[[], None]], T], patience: float, check: bool = True
+    ) -> T:
+        deadline = time.monotonic() + patience
+        pause, ambiguous, reached = 0.05, False, False
+
+        def committing() -> None:
+            nonlocal reached
+            reached = True
+
+        while True:
+            try:
+                if check:
+                    self._ensure_schema()
+                reached = False
+                return attempt(committing)
+            except Exception as error:
+                if not is_transient(error):
+                    raise self._explained(error) from error
+                ambiguous = ambiguous or (
+                    reached and isinstance(error, DBAPIError) and sqlstate(error) is None
+                )
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    kind = DatabaseRetryLater if ambiguous else DatabaseUnavailable
+                    raise kind(
+                        f"{self.url.render_as_string(hide_password=True)} is away: {_first(error)}"
+                    ) from error
+                logger.warning("PostgreSQL is away, trying again: %s", _first(error))
+                time.sleep(min(left, pause * (0.5 + random.random())))
+                pause = min(pause * 2, 2.0)
+
+    def _explained(self, error: Exception) -> Exception:
+        if not isinstance(error, DBAPIError):
+            return error
+        code = sqlstate(error)
+        if code in _SCHEMA_CODES:
+            return SchemaError(f"{_first(error)}: {versions.MIGRATE}")
+        if code == _DENIED:
+            return SchemaError(
+                f"{_first(error)}: grant SELECT, INSERT, UPDATE and DELETE on the pgbarrier_* "
+                f"tables to this role (and USAGE on their schema)"
+            )
+        return error
+
+    def _ensure_schema(self) -> None:
+        if self._checked:
+            return
+        with self.engine().begin() as connection:
+            if self.auto_migrate and versions.current(connection, self.schema) != versions.head():
+                versions.upgrade(connection, self.schema)
+            versions.require(connection, self.schema)
+        self._checked = True
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of what the driver said."""
+    cause = getattr(error, "orig", None) or error
+    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)

@@ -1,0 +1,223 @@
+"""What one transaction is going to write: outcomes, barriers, messages."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from celery import Celery
+
+from celery_pgbarrier.dispatch import Envelope
+from celery_pgbarrier.settings import Settings
+from celery_pgbarrier.store.database import Database
+
+#: The message header that carries the stamp.
+STAMP = "pgb"
+
+
+class Host(Protocol):
+    """What the services need of the result backend."""
+
+    app: Celery
+
+    @property
+    def database(self) -> Database: ...
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def keep(self) -> float:
+        """Seconds for which finished rows are kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Which call, and which retry or replacement of it, a message belongs to.
+
+    ``recorded`` tells that the message has a row: without one, the row was finished and purged.
+    """
+
+    call: str
+    seq: int = 0
+    recorded: bool = False
+
+    def header(self, task_id: str) -> dict[str, Any]:
+        """Return the stamp as it stands in the header of the task's message."""
+        return {"id": task_id, "call": self.call, "seq": self.seq, "rec": self.recorded}
+
+    @classmethod
+    def of(cls, task_id: str, header: Mapping[str, Any] | None) -> Stamp:
+        """Read a message's stamp.
+
+        A message without one, or with one that was passed on from another task, gets strict
+        deduplication by its task id.
+        """
+        if not header or header.get("id") != task_id:
+            return cls(str(uuid.uuid5(uuid.NAMESPACE_OID, task_id)))
+        return cls(str(header["call"]), int(header["seq"]), bool(header["rec"]))
+
+
+@dataclass(frozen=True)
+class Fence:
+    """On whose word an outcome is written.
+
+    An attempt gives its claim ``token``.  A worker's parent gives ``worker``, ``pid`` (of the
+    child) and the ``stamp`` of the message in its hand.  Neither: a plain task.
+    """
+
+    token: str | None = None
+    worker: str | None = None
+    pid: int | None = None
+    stamp: Stamp | None = None
+
+
+@dataclass
+class Outcome:
+    """The end of a task: its Celery state and its encoded metadata.
+
+    ``visible`` is False for ignored results: a chord gets them, nobody else does.
+    """
+
+    task_id: str
+    status: str
+    result: bytes | None
+    visible: bool = True
+    fence: Fence = field(default_factory=Fence)
+    write_token: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+
+@dataclass
+class HandOver:
+    """A claim's end by retry or replace: the row waits for its next message."""
+
+    task_id: str
+    token: str
+    stamp: Stamp
+    status: str | None = None
+    result: bytes | None = None
+
+
+@dataclass
+class Message:
+    """A captured task message, and what its fields say of barriers."""
+
+    task_id: str
+    name: str
+    envelope: Envelope
+    eta: str | None = None
+    group: str | None = None
+    in_chord: bool = False
+    chain: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Barrier:
+    """A chord to open: its body, and its members' ids in header order.
+
+    ``members`` is None for a header that is a generator: they are read off the messages.
+    """
+
+    id: str
+    body: bytes
+    body_signature: Any
+    members: list[str] | None = None
+    structure: bytes | None = None
+
+
+@dataclass
+class Addition:
+    """A member that a running member adds to its chord."""
+
+    barrier: str
+    task_id: str
+    adder: str
+
+
+class Unit:
+    """One transaction in the making.
+
+    Parameters:
+        parent_call: the call of the attempt that makes it; its messages then get calls that are
+            derived from it, so that making the same unit again is recognised.
+    """
+
+    def __init__(self, parent_call: str | None = None) -> None:
+        self.parent_call = parent_call
+        self.call = str(uuid.uuid4())
+        self.primary: Outcome | HandOver | None = None
+        self.outcomes: dict[str, Outcome] = {}
+        self.events: list[Message | Barrier] = []
+        self.additions: list[Addition] = []
+        self.sent_events: list[Callable[[Any], Any]] = []
+        self.inline: list[Callable[[], None]] = []
+
+    @property
+    def messages(self) -> list[Message]:
+        """The captured messages in the order in which they were sent."""
+        return [event for event in self.events if isinstance(event, Message)]
+
+    @property
+    def barriers(self) -> list[Barrier]:
+        """The barriers in the order in which they were opened."""
+        return [event for event in self.events if isinstance(event, Barrier)]
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing beyond the primary outcome."""
+        return not (self.events or self.outcomes or self.additions)
+
+    def call_of(self, task_id: str) -> str:
+        """Return the call of a message or barrier of this unit."""
+        if self.parent_call is None:
+            return self.call
+        return str(uuid.uuid5(uuid.UUID(self.parent_call), task_id))
+
+    def members_of(self, barrier: Barrier) -> list[str]:
+        """Return the ids of a barrier's members in header order."""
+        if barrier.members is not None:
+            return barrier.members
+        ids: dict[str, None] = {}
+        for event in self.events:
+            if isinstance(event, Barrier):
+                if event is not barrier:
+                    ids.update(dict.fromkeys(leaves(event.body_signature, barrier.id)))
+            elif event.in_chord and event.group == barrier.id:
+                ids[event.task_id] = None
+            elif event.chain:
+                ids.update(dict.fromkeys(leaves(event.chain[0], barrier.id)))
+        return list(ids)
+
+
+def leaves(signature: Any, barrier_id: str | None = None) -> Iterator[str]:
+    """Yield the tasks of a frozen signature whose end counts for a barrier (None: for any)."""
+    if not isinstance(signature, Mapping):
+        return
+    kind, kwargs = signature.get("subtask_type"), signature.get("kwargs") or {}
+    options = signature.get("options") or {}
+    if kind == "group":
+        for task in kwargs.get("tasks", ()):
+            yield from leaves(task, barrier_id)
+    elif kind == "chain":
+        yield from leaves((list(kwargs.get("tasks", ())) or [None])[-1], barrier_id)
+    elif kind == "chord":
+        yield from leaves(kwargs.get("body"), barrier_id)
+    elif "chord" in options and barrier_id in (None, options.get("group_id")):
+        yield options["task_id"]
+
+
+def all_ids(signature: Any) -> Iterator[str]:
+    """Yield the ids of a frozen signature's steps: what fails when it cannot start."""
+    if not isinstance(signature, Mapping):
+        return
+    kind, kwargs = signature.get("subtask_type"), signature.get("kwargs") or {}
+    if kind in ("group", "chain"):
+        for task in kwargs.get("tasks", ()):
+            yield from all_ids(task)
+    elif kind == "chord":
+        yield from all_ids(kwargs.get("body"))
+    elif (signature.get("options") or {}).get("task_id"):
+        yield signature["options"]["task_id"]

@@ -1,0 +1,220 @@
+"""The worker's parent: lease, audit and reaper, each in a daemon thread with its own connection."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Celery, bootsteps
+from celery.signals import task_prerun, task_retry, worker_init, worker_shutdown
+from celery.worker import state as worker_state
+
+from celery_pgbarrier import lease, reaper
+from celery_pgbarrier.store import sql
+from celery_pgbarrier.unit import STAMP
+
+logger = logging.getLogger(__name__)
+
+#: Looks at which a claim must be found idle before it is released (rule D of the design).
+_LOOKS = 2
+
+
+class Keeper:
+    """Keeps a worker's lease, audits its claims and runs the reaper until it is stopped."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._state = "running"
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._spawn("heartbeat", self._keep_lease)
+        if self._backend.settings.reap_in_worker:
+            self._spawn("reaper", self._keep_reaping)
+
+    def stopping(self) -> None:
+        """Go on beating while the pool drains; what dies from now on is no crash."""
+        self._state = lease.boot.state = "stopping"
+
+    def stop(self) -> None:
+        """End the threads and give what is still claimed back at once."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+        host = self._backend.private()
+        try:
+            lease.stopped(host)
+        except Exception as error:
+            logger.warning("The lease of this worker runs out by itself: %s", error)
+        finally:
+            host.database.dispose()
+
+    def _spawn(self, name: str, target: Any) -> None:
+        thread = threading.Thread(target=target, name=f"pgbarrier-{name}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _keep_lease(self) -> None:
+        host = self._backend.private()
+        idle: dict[str, int] = {}
+        while True:
+            try:
+                lease.beat(host, self._state)
+                idle = audit(host, idle)
+            except Exception as error:
+                logger.warning("Heartbeat missed: %s", error)
+            if self._stop.wait(host.settings.heartbeat):
+                host.database.dispose()
+                return
+
+    def _keep_reaping(self) -> None:
+        host = self._backend.private()
+        interval = host.settings.reap_interval
+        pause = interval * random.random()
+        while not self._stop.wait(pause):
+            pause = interval * (0.9 + 0.2 * random.random())
+            try:
+                if reaper.take_turn(host, interval):
+                    reaper.run_once(host)
+            except Exception as error:
+                logger.warning("Reaper pass missed: %s", error)
+        host.database.dispose()
+
+
+def audit(host: Any, idle: dict[str, int]) -> dict[str, int]:
+    """Release claims of this worker that it has not been running for two looks.
+
+    Parameters:
+        idle: how often each claim token (or task id) was found idle in a row.
+
+    Returns the same for the next look.
+    """
+    parameters = {"worker": lease.boot.current(), "limit": host.settings.batch_size}
+    claims = host.database.statement(sql.CLAIMS_OF, parameters)
+    running = _running()
+    seen: dict[str, int] = {}
+    for claim in claims:
+        key = claim.token or claim.id
+        if claim.id in running:
+            continue
+        seen[key] = idle.get(key, 0) + 1
+        if seen[key] >= _LOOKS:
+            logger.warning("Task %s is claimed but not running, it is settled", claim.id)
+            crash = not _alive(claim.pid) and lease.boot.state == "running"
+            reaper.settle_claim(host, claim, crash, reaper.Counts())
+            del seen[key]
+    return seen
+
+
+def _running() -> set[str]:
+    """Return the ids of the tasks that this worker has handed to its pool and not seen end."""
+    requests: Iterable[Any] = ()
+    for _ in range(10):
+        try:
+            requests = [*worker_state.active_requests, *worker_state.reserved_requests]
+            break
+        except RuntimeError:  # the set changed while it was copied
+            continue
+    return {request.id for request in requests}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# -- hooks into the worker
+
+
+class BarrierStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Starts the keeper after the pool; it goes on until the pool has been joined."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        lease.boot.begin(parent.hostname)
+        self._keeper: Keeper | None = None
+
+    def start(self, parent: Any) -> None:
+        """Start the keeper once the pool is up."""
+        self._keeper = Keeper(parent.app.backend)
+        self._keeper.start()
+        worker_shutdown.connect(self._shut_down, sender=parent, weak=False)
+
+    def stop(self, parent: Any) -> None:
+        """Mark the worker as stopping; its pool still drains."""
+        if self._keeper is not None:
+            self._keeper.stopping()
+
+    terminate = stop
+
+    def _shut_down(self, sender: Any = None, **_: Any) -> None:
+        worker_shutdown.disconnect(self._shut_down, sender=sender)
+        if self._keeper is not None:
+            self._keeper.stop()
+            self._keeper = None
+
+
+def install(app: Celery) -> None:
+    """Give every worker of an app the keeper; a second call changes nothing."""
+    app.steps["worker"].add(BarrierStep)
+
+
+def _on_worker_init(sender: Any = None, **_: Any) -> None:
+    """Make the backend before the worker's blueprint, so that its step is part of it."""
+    url = sender.app.conf.result_backend
+    if isinstance(url, str) and url.startswith("pgbarrier"):
+        sender.app.backend  # noqa: B018
+
+
+# -- plain tasks: tasks that are no BarrierTask, but are members or were recorded
+
+
+def _plain(task: Any) -> bool:
+    request = task.request
+    if getattr(task, "pgbarrier_claims", False) or request.called_directly or request.is_eager:
+        return False
+    recorded = bool((getattr(request, STAMP, None) or {}).get("rec"))
+    return (recorded or bool(request.chord)) and hasattr(task.backend, "process_lost")
+
+
+def _on_prerun(task_id: str = "", task: Any = None, **_: Any) -> None:
+    """Record a plain task's start: from here on its message is not published again."""
+    if not _plain(task):
+        return
+    me = lease.holder()
+    parameters = {
+        "id": task_id,
+        "worker": me.worker,
+        "pid": me.pid,
+        "thread": me.thread,
+        "rerun": bool(task.acks_late),
+    }
+    backend = task.backend
+    backend.database.count(sql.PLAIN_STARTED, parameters, backend.settings.outcome_timeout)
+
+
+def _on_retry(sender: Any = None, request: Any = None, **_: Any) -> None:
+    """A plain task's retry ends its run without an outcome."""
+    if sender is not None and request is not None and _plain(sender):
+        backend = sender.backend
+        backend.database.count(
+            sql.PLAIN_RETRIED, {"id": request.id}, backend.settings.outcome_timeout
+        )
+
+
+worker_init.connect(_on_worker_init, weak=False)
+task_prerun.connect(_on_prerun, weak=False)
+task_retry.connect(_on_retry, weak=False)
