@@ -45,6 +45,8 @@ logger = get_logger(__name__)
 _FIRST_POLL = 0.005
 #: What rows are kept for where neither result_expires nor pgbarrier_dedup_expires says (seconds).
 _KEEP = 7 * 86400.0
+#: How long the worker's parent waits for PostgreSQL before it leaves a task to the audit (seconds).
+_PARENT_PATIENCE = 2.0
 _databases: dict[tuple[Any, ...], Database] = {}
 
 
@@ -77,13 +79,11 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
     def private(self) -> BarrierBackend:
         """Return a backend like this one with a small pool of its own, for a keeper thread."""
         backend = type(self)(app=self.app, url=self.url)
-        own = Database(
-            self._database.url,
-            self._settings.schema,
-            self._settings.auto_migrate,
-            {**self._database.engine_options, "pool_size": 1, "max_overflow": 1},
-        )
-        backend._database = own
+        options = dict(self._database.engine_options)
+        if "poolclass" not in options:
+            options.update(pool_size=1, max_overflow=1)
+        url, settings = self._database.url, self._settings
+        backend._database = Database(url, settings.schema, settings.auto_migrate, options)
         return backend
 
     # -- what the services need
@@ -387,19 +387,28 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         self._commit(unit, attempt, task_id)
 
     def _commit(self, unit: Unit, attempt: Attempt | None, task_id: str) -> None:
+        given_up = None
+        committed = None
         try:
-            committed = barrier.commit(self, unit, self._settings.outcome_timeout)
+            committed = barrier.commit(self, unit, self._patience(unit))
         except DatabaseUnavailable as error:
+            given_up = error
+        if attempt is not None:
+            attempt.phase = "closed"
+        if committed is not None:
+            barrier.follow(self, unit, committed)
+        elif given_up is not None:
             # No outcome of the task: its claim is released by the audit and it runs again.
-            logger.error("The outcome of task %s is given up: %s", task_id, error)
-            committed = None
-        finally:
-            if attempt is not None:
-                attempt.phase = "closed"
-        if committed is None:
+            logger.error("The outcome of task %s is given up: %s", task_id, given_up)
+        else:
             logger.warning("An outcome of task %s was refused: another run of it stands", task_id)
-            return
-        barrier.follow(self, unit, committed)
+
+    def _patience(self, unit: Unit) -> float:
+        """Return how long an outcome waits: the worker's parent has other tasks to look after."""
+        primary = unit.primary
+        if isinstance(primary, Outcome) and primary.fence.worker is not None:
+            return _PARENT_PATIENCE
+        return self._settings.outcome_timeout
 
     def _call_task_errbacks(self, request: Any, exc: Any, traceback: Any) -> None:
         unit = capture.recording()
@@ -496,7 +505,7 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         Raises:
             DatabaseUnavailable: PostgreSQL is away; the audit settles it later.
         """
-        held = lease.inspect(self, task_id, 2.0)
+        held = lease.inspect(self, task_id, _PARENT_PATIENCE)
         if held is None:
             return Loss.UNKNOWN
         if held.state == "done":
@@ -505,7 +514,7 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
             return Loss.UNKNOWN
         if not held.is_of(stamp, lease.boot.current(), pid):
             return Loss.ELSEWHERE
-        loss = lease.put_back(self, held, lease.boot.state == "running", 2.0)
+        loss = lease.put_back(self, held, lease.boot.state == "running", _PARENT_PATIENCE)
         if loss is Loss.SPENT:
             self.fail_recorded(task_id, held.token, reaper.crashed(self, name))
         return loss
@@ -569,10 +578,18 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         if not self._database.count(sql.MEMBER_ADD, parameters, self._settings.dispatch_timeout):
             raise DispatchConflict(f"chord {chord_id} is complete or {adder} is no member of it")
 
-    def closing_unit(self, closing: Closing) -> tuple[str, Unit]:
-        """Return what a complete chord leads to: its body's messages, or its failure."""
+    def closing_unit(
+        self, closing: Closing, refused: DispatchConflict | None = None
+    ) -> tuple[str, Unit]:
+        """Return what a complete chord leads to: its body's messages, or its failure.
+
+        Parameters:
+            refused: why the body's messages could not be recorded, where that was tried.
+        """
         body = self._body_of(closing)
         try:
+            if refused is not None:
+                raise ChordError(f"Callback error: {refused!r}")
             results = self._join(closing)
             unit = Unit(closing.call)
             with capture.into(unit, outcomes=True):
@@ -602,12 +619,15 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         for task_id, payload in closing.members:
             if payload is None:
                 raise ChordError(f"Dependency {task_id} ended without a result")
-            meta = self.decode_result(payload)
+            try:
+                meta = self.decode_result(payload)
+            except Exception as error:
+                raise ChordError(f"Join error: {error!r}") from error
             if meta["status"] in states.PROPAGATE_STATES:
                 cause = meta["result"]
-                error = ChordError(f"Dependency {task_id} raised {cause!r}")
-                error.__cause__ = cause if isinstance(cause, Exception) else None
-                raise error
+                raise ChordError(f"Dependency {task_id} raised {cause!r}") from (
+                    cause if isinstance(cause, Exception) else None
+                )
             values[task_id] = meta["result"]
         if closing.structure is None:
             return list(values.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from celery_pgbarrier.store.database import Database
 from celery_pgbarrier.unit import (
     STAMP,
     Barrier,
+    Fence,
     HandOver,
     Host,
     Message,
@@ -34,6 +35,9 @@ from celery_pgbarrier.unit import (
 )
 
 logger = logging.getLogger(__name__)
+
+#: What publishing one message may take before the reaper helps (seconds); measured 0.1 to 0.5 ms.
+_PER_MESSAGE = 0.002
 
 
 class Refused(Exception):
@@ -61,7 +65,9 @@ class Closing:
 class Releasing(Host, Protocol):
     """A host that can turn a complete barrier into what follows."""
 
-    def closing_unit(self, closing: Closing) -> tuple[str, Unit]:
+    def closing_unit(
+        self, closing: Closing, refused: DispatchConflict | None = None
+    ) -> tuple[str, Unit]:
         """Return the barrier's last state ("released" or "failed") and what to record."""
         ...
 
@@ -80,6 +86,7 @@ def _outcome_parameters(host: Host, outcome: Outcome) -> dict[str, Any]:
         "write_token": outcome.write_token,
         "expires": host.keep,
         "token": fence.token,
+        "attempt": fence.attempt,
         "worker": fence.worker,
         "pid": fence.pid,
         "call": stamp.call if stamp else None,
@@ -101,9 +108,13 @@ def _write_outcome(connection: Connection, host: Host, outcome: Outcome) -> tupl
 
 def _write_hand_over(connection: Connection, host: Host, step: HandOver, unit: Unit) -> bool:
     message = next((m for m in unit.messages if m.task_id == step.task_id), None)
+    held = step.fence.stamp or step.stamp
     parameters = {
         "id": step.task_id,
-        "token": step.token,
+        "token": step.fence.token,
+        "attempt": step.fence.attempt,
+        "held_call": held.call,
+        "held_seq": held.seq,
         "call": step.stamp.call,
         "seq": step.stamp.seq,
         "status": step.status,
@@ -135,38 +146,36 @@ def _write_primary(connection: Connection, host: Host, unit: Unit) -> str | None
     return ready
 
 
-def _rows(unit: Unit) -> list[tasks.Row]:
-    """Return the rows of all messages and expected members of a unit."""
-    place: dict[str, tuple[str | None, int | None, int | None]] = {}
+def _places(unit: Unit) -> dict[str, tuple[str, int, int]]:
+    """Return the barrier, slot and position of each member that a unit's barriers wait for."""
+    places: dict[str, tuple[str, int, int]] = {}
     for barrier in unit.barriers:
         members = unit.members_of(barrier)
         slots = tasks.slots_for(len(members))
         for position, task_id in enumerate(members):
-            place[task_id] = (barrier.id, position % slots, position)
-    handed = unit.primary.task_id if isinstance(unit.primary, HandOver) else None
-    rows, seen = [], {handed}
-    for message in unit.messages:
-        if message.task_id in seen:
-            continue
-        seen.add(message.task_id)
-        call = unit.call_of(message.task_id)
-        barrier_id, slot, position = place.get(message.task_id) or (None, None, None)
-        rows.append(
-            tasks.Row(
-                message.task_id,
-                call,
-                barrier_id,
-                slot,
-                position,
-                message.name,
-                message.envelope.queue,
-                _encoded(message, Stamp(call, 0, True)),
-                message.eta,
+            places[task_id] = (barrier.id, position % slots, position)
+    return places
+
+
+def _rows(unit: Unit) -> list[tasks.Row]:
+    """Return the rows of all messages and expected members of a unit."""
+    places = _places(unit)
+    messages = {message.task_id: message for message in unit.messages}
+    if isinstance(unit.primary, HandOver):  # its row is written with the claim's end
+        messages.pop(unit.primary.task_id, None)
+    rows = []
+    for task_id in {**messages, **places}:
+        row = tasks.Row(task_id, unit.call_of(task_id), *places.get(task_id, ()))
+        message = messages.get(task_id)
+        if message is not None:
+            row = replace(
+                row,
+                name=message.name,
+                queue=message.envelope.queue,
+                message=_encoded(message, Stamp(row.call, 0, True)),
+                eta=message.eta,
             )
-        )
-    for task_id, (barrier_id, slot, position) in place.items():
-        if task_id not in seen:
-            rows.append(tasks.Row(task_id, unit.call_of(task_id), barrier_id, slot, position))
+        rows.append(row)
     return rows
 
 
@@ -209,10 +218,9 @@ def write(connection: Connection, host: Host, unit: Unit) -> Committed:
     for _, outcome in sorted(unit.outcomes.items()):
         ready.append(_write_outcome(connection, host, outcome)[1])
     ready += [_open(connection, host, unit, barrier) for barrier in unit.barriers]
-    settings = host.settings
-    foreign = tasks.record(
-        connection, host.database.sql, _rows(unit), settings.publish_grace, settings.batch_size
-    )
+    rows = _rows(unit)
+    grace = host.settings.publish_grace + _PER_MESSAGE * len(rows)
+    foreign = tasks.record(connection, host.database.sql, rows, grace, host.settings.batch_size)
     if foreign is not None:
         raise DispatchConflict(f"task id {foreign} is used again while its first run goes on")
     return Committed([barrier_id for barrier_id in ready if barrier_id])
@@ -234,28 +242,51 @@ def commit(host: Host, unit: Unit, patience: float) -> Committed | None:
         row = host.database.statement(statement, parameters, patience)[0]
         if row.accepted:
             return Committed([row.ready] if row.ready else [])
-        return _settled(host.database, unit, patience)
-    try:
-        return host.database.transaction(lambda conn: write(conn, host, unit), patience)
-    except Refused:
-        return _settled(host.database, unit, patience)
+    else:
+        try:
+            return host.database.transaction(lambda conn: write(conn, host, unit), patience)
+        except Refused:
+            pass
+    return _settled(host.database, unit, patience) or _unclaimed(host, unit, patience)
 
 
 def _settled(database: Database, unit: Unit, patience: float) -> Committed | None:
     """Tell a refusal from an own commit whose answer was lost."""
     primary = unit.primary
     assert primary is not None
-    token = primary.write_token if isinstance(primary, Outcome) else primary.token
-    found = database.statement(sql.SETTLED, {"id": primary.task_id, "write_token": token}, patience)
-    return Committed() if found[0][0] else None
+    parameters = {"id": primary.task_id, "write_token": primary.write_token}
+    return Committed() if database.statement(sql.SETTLED, parameters, patience)[0][0] else None
+
+
+def _unclaimed(host: Host, unit: Unit, patience: float) -> Committed | None:
+    """Write the outcome of a task whose row, made by its own claim, a crash of the server took.
+
+    Nobody else has the task then: it had no row before, and rows are purged long after they end.
+    """
+    primary = unit.primary
+    assert primary is not None
+    fence = primary.fence
+    if fence.token is None or fence.stamp is None or fence.stamp.recorded or fence.attempt != 1:
+        return None
+    parameters = {"id": primary.task_id, "worker": None}
+    if host.database.statement(sql.INSPECT, parameters, patience)[0].state is not None:
+        return None
+    if isinstance(primary, Outcome):
+        primary.fence = Fence(stamp=fence.stamp)
+        return commit(host, unit, patience)
+    unit.primary = None  # a retry or replacement: its message makes the row anew
+    return commit(host, unit, patience)
 
 
 def publish(host: Host, unit: Unit) -> None:
-    """Publish a committed unit's messages and mark them; nothing is raised."""
-    messages = unit.messages
-    if messages:
-        taken = dispatch.publish(host.app, [(m.task_id, m.envelope) for m in messages])
+    """Publish a committed unit's messages and mark them, batch by batch; nothing is raised."""
+    messages, batch = unit.messages, host.settings.batch_size
+    for start in range(0, len(messages), batch):
+        chunk = messages[start : start + batch]
+        taken = dispatch.publish(host.app, [(m.task_id, m.envelope) for m in chunk])
         mark_published(host, taken)
+        if len(taken) < len(chunk):  # the broker is away: the reaper does the rest
+            break
     for send in unit.sent_events:
         _quietly(partial(_send_event, host, send), "task-sent event")
 
@@ -267,12 +298,8 @@ def _send_event(host: Host, send: Callable[[Any], Any]) -> None:
 
 def mark_published(host: Host, ids: list[str]) -> None:
     """Mark messages as published; where that fails, the reaper publishes them once more."""
-    settings = host.settings
-    for start in range(0, len(ids), settings.batch_size):
-        parameters = {
-            "ids": ids[start : start + settings.batch_size],
-            "after": settings.republish_after,
-        }
+    if ids:
+        parameters = {"ids": ids, "after": host.settings.republish_after}
         mark = partial(host.database.count, sql.TASKS_PUBLISHED, parameters, 1.0)
         _quietly(mark, "marking messages as published")
 
@@ -325,36 +352,41 @@ def release(host: Releasing, barrier_id: str) -> bool:
 
     Nothing is raised where PostgreSQL is away: the reaper takes a ready barrier up.
     """
-    outcome: list[tuple[Unit, Committed]] = []
-
-    def work(connection: Connection) -> None:
-        outcome.clear()
-        statements = host.database.sql
-        row = connection.execute(statements[sql.BARRIER_LOCK], {"id": barrier_id}).first()
-        if row is None:
-            return
-        members = connection.execute(statements[sql.BARRIER_MEMBERS], {"id": barrier_id})
-        closing = Closing(
-            row.id,
-            row.call,
-            bytes(row.body),
-            None if row.structure is None else bytes(row.structure),
-            [(m.id, None if m.result is None else bytes(m.result)) for m in members],
-        )
-        state, unit = host.closing_unit(closing)
-        committed = write(connection, host, unit)
-        connection.execute(
-            statements[sql.BARRIER_CLOSE],
-            {"id": barrier_id, "state": state, "expires": host.keep},
-        )
-        outcome.append((unit, committed))
-
+    patience = host.settings.dispatch_timeout
     try:
-        host.database.transaction(work, host.settings.dispatch_timeout)
+        try:
+            released = host.database.transaction(partial(_close, host, barrier_id, None), patience)
+        except DispatchConflict as refused:
+            close = partial(_close, host, barrier_id, refused)
+            released = host.database.transaction(close, patience)
     except DatabaseUnavailable as error:
         logger.warning("Chord %s is complete and is released later: %s", barrier_id, error)
         return False
-    for unit, committed in outcome:
-        faults.point("release.committed")
-        follow(host, unit, committed)
-    return bool(outcome)
+    if released is None:
+        return False
+    faults.point("release.committed")
+    follow(host, *released)
+    return True
+
+
+def _close(
+    host: Releasing, barrier_id: str, refused: DispatchConflict | None, connection: Connection
+) -> tuple[Unit, Committed] | None:
+    """Record what a complete barrier leads to; None where another process is releasing it."""
+    statements = host.database.sql
+    row = connection.execute(statements[sql.BARRIER_LOCK], {"id": barrier_id}).first()
+    if row is None:
+        return None
+    members = connection.execute(statements[sql.BARRIER_MEMBERS], {"id": barrier_id})
+    closing = Closing(
+        row.id,
+        row.call,
+        bytes(row.body),
+        None if row.structure is None else bytes(row.structure),
+        [(m.id, None if m.result is None else bytes(m.result)) for m in members],
+    )
+    state, unit = host.closing_unit(closing, refused)
+    committed = write(connection, host, unit)
+    parameters = {"id": barrier_id, "state": state, "expires": host.keep}
+    connection.execute(statements[sql.BARRIER_CLOSE], parameters)
+    return unit, committed

@@ -98,7 +98,7 @@ def fence_for(task_id: str, request: Any) -> Fence:
     """Return on whose word an outcome that is written here and now stands."""
     attempt = attempt_of(request)
     if attempt is not None and attempt.task_id == task_id:
-        return Fence(token=attempt.token)
+        return attempt.fence()
     parent = _parent_fence.get()
     if parent is not None and parent[0] == task_id:
         return parent[1]

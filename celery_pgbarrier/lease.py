@@ -14,7 +14,7 @@ from celery_pgbarrier import faults
 from celery_pgbarrier.barrier import mark_published
 from celery_pgbarrier.dispatch import Envelope, publish
 from celery_pgbarrier.store import sql
-from celery_pgbarrier.unit import STAMP, Host, Message, Stamp, Unit
+from celery_pgbarrier.unit import STAMP, Fence, Host, Message, Stamp, Unit
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,10 @@ class Attempt:
     def own_message(self) -> Message | None:
         """Return the caught message that carries the task on: a retry or a replacement."""
         return next((m for m in self.unit.messages if m.task_id == self.task_id), None)
+
+    def fence(self) -> Fence:
+        """Return the word on which this attempt's outcome stands."""
+        return Fence(token=self.token, stamp=self.stamp, attempt=self.number)
 
     def next_stamp(self) -> Stamp:
         """Return the stamp of the task's next message."""

@@ -135,14 +135,14 @@ class BarrierTask(Task):  # type: ignore[misc]
         unit.events.append(message)
         status, result = self.backend.retry_meta(self, self.request, retry)
         unit.primary = HandOver(
-            attempt.task_id, attempt.token, attempt.next_stamp(), status, result
+            attempt.task_id, attempt.fence(), attempt.next_stamp(), status, result
         )
         self.backend.hand_over(attempt, unit)
 
     def _ignored(self, attempt: Attempt, reason: Exception) -> None:
         if attempt.replaced:
             unit = attempt.unit
-            unit.primary = HandOver(attempt.task_id, attempt.token, attempt.next_stamp())
+            unit.primary = HandOver(attempt.task_id, attempt.fence(), attempt.next_stamp())
             self.backend.hand_over(attempt, unit)
         elif attempt.barrier_id is not None:
             error = MemberEndedWithoutResult(

@@ -65,14 +65,17 @@ class Stamp:
 class Fence:
     """On whose word an outcome is written.
 
-    An attempt gives its claim ``token``.  A worker's parent gives ``worker``, ``pid`` (of the
-    child) and the ``stamp`` of the message in its hand.  Neither: a plain task.
+    An attempt gives its claim ``token``, and its number and stamp, by which a claim is recognised
+    that a crash of the server took back (first claims are not flushed).  A worker's parent gives
+    ``worker``, ``pid`` (of the child) and the ``stamp`` of the message in its hand.  Neither: a
+    plain task.
     """
 
     token: str | None = None
     worker: str | None = None
     pid: int | None = None
     stamp: Stamp | None = None
+    attempt: int = 0
 
 
 @dataclass
@@ -95,10 +98,16 @@ class HandOver:
     """A claim's end by retry or replace: the row waits for its next message."""
 
     task_id: str
-    token: str
+    fence: Fence
     stamp: Stamp
     status: str | None = None
     result: bytes | None = None
+
+    @property
+    def write_token(self) -> str:
+        """The token by which a write whose answer was lost is recognised."""
+        assert self.fence.token is not None
+        return self.fence.token
 
 
 @dataclass

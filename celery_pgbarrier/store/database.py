@@ -131,8 +131,9 @@ class Database:
         return self._engine
 
     def _create(self) -> Engine:
-        options: dict[str, Any] = {"pool_size": 5, "max_overflow": 10, "pool_recycle": 3600}
-        options.update(self.engine_options)
+        options = dict(self.engine_options)
+        if "poolclass" not in options:
+            options = {"pool_size": 5, "max_overflow": 10, "pool_recycle": 3600, **options}
         if self.url.get_driver_name() == "psycopg":
             arguments = dict(options.get("connect_args") or {})
             arguments.setdefault("prepare_threshold", None)  # PgBouncer in transaction mode
@@ -212,7 +213,7 @@ class Database:
         self, attempt: Callable[[Callable[[], None]], T], patience: float, check: bool = True
     ) -> T:
         deadline = time.monotonic() + patience
-        pause, ambiguous, reached = 0.05, False, False
+        pause, ambiguous, reached, stale = 0.05, False, False, True
 
         def committing() -> None:
             nonlocal reached
@@ -231,6 +232,9 @@ class Database:
                     reached and isinstance(error, DBAPIError) and sqlstate(error) is None
                 )
                 left = deadline - time.monotonic()
+                if stale and isinstance(error, DBAPIError) and error.connection_invalidated:
+                    stale = False  # a pooled connection from before a restart: try a new one
+                    continue
                 if left <= 0:
                     kind = DatabaseRetryLater if ambiguous else DatabaseUnavailable
                     raise kind(

@@ -33,12 +33,16 @@ _DONE = """
                       THEN clock_timestamp() + make_interval(secs => :expires) END
 """
 
-#: The outcome of a claimed attempt: accepted only under its token.
+#: The outcome of a claimed attempt: accepted only under its token, or where a crash of the server
+#: took back the claim, which was not flushed, and nobody has claimed the task since.
 FINISH = (
     "WITH done AS (UPDATE {s}pgbarrier_task AS t SET "
     + _DONE
     + """
-     WHERE t.id = :id AND t.state = 'running' AND t.token = CAST(:token AS uuid)
+     WHERE t.id = :id AND (
+           (t.state = 'running' AND t.token = CAST(:token AS uuid))
+        OR (t.state = 'queued' AND t.token IS NULL AND t.attempt < :attempt
+            AND t.call = CAST(:call AS uuid) AND t.seq = :seq))
     RETURNING t.barrier_id, t.slot)"""
     + _COUNT
 )
@@ -210,7 +214,10 @@ UPDATE {s}pgbarrier_task
        due_at = CASE WHEN CAST(:message AS bytea) IS NULL THEN NULL
                      ELSE clock_timestamp() + make_interval(secs => :grace) END,
        published_at = NULL, publications = 0
- WHERE id = :id AND state = 'running' AND token = CAST(:token AS uuid)
+ WHERE id = :id AND (
+       (state = 'running' AND token = CAST(:token AS uuid))
+    OR (state = 'queued' AND token IS NULL AND attempt < :attempt
+        AND call = CAST(:held_call AS uuid) AND seq = :held_seq))
 """
 
 #: Put a claimed (or, with no token, an unclaimed) task back, to be published by the caller.
