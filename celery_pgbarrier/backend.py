@@ -72,7 +72,6 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         if app.conf.task_protocol != 2:
             raise ImproperlyConfigured("pgbarrier needs task_protocol = 2")
         capture.install(app)
-        capture.wrap_chords(_recorder)
         worker.install(app)
         beat.register(app)
 
@@ -445,9 +444,10 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
             verdict, attempt = lease.claim(self, wanted)
         except DatabaseUnavailable as error:
             raise Reject(error, requeue=True) from error
+        if verdict is Verdict.PURGED:
+            logger.warning("A late copy of task %s is dropped: %s", request.id, verdict.value)
         if attempt is None:
             raise Ignore(f"not run: {verdict.value}")
-        assert verdict is Verdict.GRANTED
         return attempt
 
     def _own_envelope(self, request: Any) -> Envelope:
@@ -545,8 +545,9 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         """Open a barrier, with the unit of the chord that is being published."""
         group_id, results = header_result_args
         unit = capture.unit_for()
-        alone = unit is None
-        unit = unit or Unit()
+        if unit is None:
+            unit = capture.new_unit()
+            capture.record_with_header(group_id, unit, self._open_chords)
         content_type, encoding, payload = dumps(body, self.app.conf.task_serializer)
         payload = payload.encode(encoding) if isinstance(payload, str) else payload
         opened = Barrier(group_id, f"{content_type}\n{encoding}\n".encode() + payload, body)
@@ -559,8 +560,9 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
                     structure.encode() if isinstance(structure, str) else bytes(structure)
                 )
         unit.events.append(opened)
-        if alone:
-            barrier.open_chords(self, unit)
+
+    def _open_chords(self, unit: Unit) -> None:
+        barrier.open_chords(self, unit)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
         """Add a member to an open chord: with the outcome of the member that adds it.
@@ -654,7 +656,7 @@ def _recorder(app: Celery) -> Callable[[Unit], None] | None:
     backend = app.backend
     if not isinstance(backend, BarrierBackend):
         return None
-    return lambda unit: barrier.open_chords(backend, unit)
+    return backend._open_chords
 
 
 def _database(app: Celery, url: str, settings: Settings) -> Database:
@@ -710,3 +712,6 @@ def _nested(result: Any, values: dict[str, Any]) -> list[Any]:
         _nested(child, values) if isinstance(child, GroupResult) else values.pop(child.id)
         for child in result.results
     ]
+
+
+capture.wrap_chords(_recorder)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from celery import Celery, current_task
@@ -205,28 +205,71 @@ def install(app: Celery) -> None:
     app.amqp.send_task_message = send_task_message
 
 
-def wrap_chords(opened: Callable[[Celery], Callable[[Unit], None] | None]) -> None:
+Record = Callable[[Unit], None]
+
+
+def wrap_chords(recorder: Callable[[Celery], Record | None]) -> None:
     """Record every chord as one unit.
 
     Parameters:
-        opened: given the app of a chord that starts, returns what records its unit, or None where
-            the app has another result backend.
+        recorder: given the app of a chord that starts, returns what records its unit, or None
+            where the app has another result backend.
     """
 
-    def wrapper(original: compat.Run) -> compat.Run:
+    def wrap_run(original: compat.Run) -> compat.Run:
         @wraps(original)
         def run(self: Any, header: Any, body: Any, partial_args: Any, **options: Any) -> Any:
-            app = options.get("app") or self._get_app(body)
-            record = opened(app)
-            if record is None or unit_for() is not None:
-                return original(self, header, body, partial_args, **options)
-            attempt = current_attempt()
-            unit = Unit(attempt.stamp.call if attempt else None)
-            with into(unit):
-                result = original(self, header, body, partial_args, **options)
-            record(unit)
-            return result
+            record = recorder(options.get("app") or self._get_app(body))
+            call = partial(original, self, header, body, partial_args, **options)
+            return call() if record is None else _recorded(call, record)
 
         return run
 
-    compat.wrap_chord_run(wrapper)
+    def wrap_apply(original: compat.Run) -> compat.Run:
+        @wraps(original)
+        def apply_async(self: Any, *args: Any, **options: Any) -> Any:
+            call, waiting = partial(original, self, *args, **options), _waiting.get()
+            if waiting is None or waiting.group_id != options.get("task_id"):
+                return call()
+            _waiting.set(None)
+            return _recorded(call, waiting.record, waiting.unit)
+
+        return apply_async
+
+    compat.wrap_chord_run(wrap_run)
+    compat.wrap_group_apply(wrap_apply)
+
+
+def _recorded(call: Callable[[], Any], record: Record, unit: Unit | None = None) -> Any:
+    """Call what publishes a canvas and record it, with the canvas around it if there is one."""
+    if unit_for() is not None:
+        return call()
+    unit = unit or new_unit()
+    with into(unit):
+        result = call()
+    record(unit)
+    return result
+
+
+def new_unit() -> Unit:
+    """Return a unit for what is called here: on its own, or in the body of a claimed task."""
+    attempt = current_attempt()
+    return Unit(attempt.stamp.call if attempt else None)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    group_id: str
+    unit: Unit
+    record: Record
+
+
+_waiting: ContextVar[_Waiting | None] = ContextVar("pgbarrier_waiting", default=None)
+
+
+def record_with_header(group_id: str, unit: Unit, record: Record) -> None:
+    """Record a unit together with the header that is about to be published under *group_id*.
+
+    For the chord whose call loaded this package: its ``run`` began before it could be wrapped.
+    """
+    _waiting.set(_Waiting(group_id, unit, record))

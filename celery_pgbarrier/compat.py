@@ -6,6 +6,8 @@ Checked against Celery 5.5.3, 5.6.3 and 5.7.0:
   (before): how Celery tells errbacks that it runs inline, with ``(request, exc, traceback)``, from
   those that it sends as a task with the failed task's id.
 - ``canvas._chord.run``: the method that publishes a chord; it is wrapped, not replaced.
+- ``canvas.group.apply_async``: called by ``_chord.run`` for the header after ``apply_chord``; it is
+  wrapped for the one chord call during which the backend, and with it this package, is loaded.
 - ``Task.request_stack``/``celery.current_task``: the request of the task that runs in this thread.
 """
 
@@ -17,7 +19,7 @@ from typing import Any
 
 from celery import Celery
 from celery._state import get_current_task
-from celery.canvas import _chord
+from celery.canvas import _chord, group
 from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.utils.functional import _regen, arity_greater
 from kombu.serialization import registry
@@ -31,12 +33,13 @@ def is_lazy(results: Any) -> bool:
 
 
 def wrap_chord_run(wrapper: Callable[[Run], Run]) -> None:
-    """Wrap the method that publishes every chord; a second call changes nothing."""
-    original = _chord.run
-    if not getattr(original, "_pgbarrier", False):
-        wrapped = wrapper(original)
-        wrapped._pgbarrier = True  # type: ignore[attr-defined]
-        _chord.run = wrapped
+    """Wrap the method that publishes every chord."""
+    _chord.run = wrapper(_chord.run)
+
+
+def wrap_group_apply(wrapper: Callable[[Run], Run]) -> None:
+    """Wrap the method that publishes every group."""
+    group.apply_async = wrapper(group.apply_async)
 
 
 def split_errbacks(app: Celery, backend: Any, errbacks: Any) -> tuple[list[Any], list[Any]]:
