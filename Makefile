@@ -1,0 +1,49 @@
+# make demo: see it work.  make test: run everything.  Needs Python 3.10 or newer and make, nothing else.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+# Worker processes of the suite. Most tests wait for processes of their own, so cores are no limit.
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: test demo lint wheel-smoke clean help
+.NOTPARALLEL:
+
+help:
+	@echo "make demo         a chord over the standard library, while workers are killed and the broker forgets"
+	@echo "make test         the whole suite; PYTEST_ARGS='-k reaper' for a part"
+	@echo "make lint         ruff, mypy --strict, import-linter"
+	@echo "make wheel-smoke  build the wheel, install it elsewhere, use it"
+	@echo "make clean        remove the environment and all caches"
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+
+wheel-smoke: $(VENV)/.lint
+	tests/smoke/run $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp an extra, so that the demo does not wait for the tests' packages.
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.x")'
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.python setup.cfg pyproject.toml
+	$(PIP) install --editable '.[$*]'
+	touch $@

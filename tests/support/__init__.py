@@ -1,0 +1,1 @@
+"""What the tests share: servers, databases, brokers, an app, worker processes, waiting."""
