@@ -270,7 +270,10 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         """Wait for a task and return its meta; parameters and errors as :meth:`get_many`."""
         self._ensure_not_eager()
         found = self.get_many([task_id], timeout, interval, on_interval=on_interval)
-        return next(meta for _, meta in found)
+        meta = next(meta for _, meta in found)
+        if on_interval is not None and meta["status"] in states.PROPAGATE_STATES:
+            on_interval()  # the error of a parent that led to this one is raised instead
+        return meta
 
     # -- outcomes: one gate
 

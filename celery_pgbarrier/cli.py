@@ -12,12 +12,16 @@ from celery_pgbarrier import reaper
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.errors import PgBarrierError
 from celery_pgbarrier.store import schema
+from celery_pgbarrier.sweeps.console import sweep
 
 
 @click.group()
 @click.pass_context
 def pgbarrier(context: click.Context) -> None:
-    """Durable chords on PostgreSQL: tables and reaper."""
+    """Durable chords on PostgreSQL: tables, reaper, sweeps."""
+
+
+pgbarrier.add_command(sweep)
 
 
 def _backend(context: click.Context) -> BarrierBackend:

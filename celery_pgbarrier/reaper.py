@@ -6,20 +6,21 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, Row
 
-from celery_pgbarrier import barrier, faults
+from celery_pgbarrier import barrier, faults, sweeps
 from celery_pgbarrier.dispatch import Envelope, publish
 from celery_pgbarrier.errors import HolderLost, PgBarrierError, TaskCrashed
 from celery_pgbarrier.lease import Held, Loss, put_back
 from celery_pgbarrier.store import sql
+from celery_pgbarrier.sweeps import shutdown
+from celery_pgbarrier.sweeps.engine import Batch, Limits, run_batches
 
 logger = logging.getLogger(__name__)
 
-#: Messages of a queue that are sent as a probe where nothing shows whether it is a backlog.
-_PROBES = 10
 #: Batches of each kind in one pass; what is left is the next pass's.
 _MOST_BATCHES = 100
 
@@ -141,33 +142,33 @@ def _release_barriers(host: Failing, counts: Counts) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with messages that are due: ids to publish, probes by queue, ids to leave."""
+    """What to do with messages that are due: ids to publish, a probe by queue, ids to leave."""
 
     publish: list[str]
-    probes: dict[str, list[str]]
+    probes: dict[str, Row[Any]]
     defer: list[str]
 
 
-def plan(
-    due: Sequence[Row[Any]], moved: dict[str, datetime], probing: set[str], probes: int = _PROBES
-) -> Plan:
+def plan(due: Sequence[Row[Any]], moved: dict[str, datetime], probing: set[str]) -> Plan:
     """Decide which messages are lost and which only wait in a long queue.
 
     A message is lost when it was never published or when its queue has moved past it: a younger
-    message was claimed.  Where nothing shows that, a few messages of the queue are sent again as
-    a probe: if the queue is a backlog they wait too, if it lost its messages they are claimed and
-    show it.
+    message was claimed.  Where nothing shows that, the youngest of the queue's messages is sent
+    again as a probe: if the queue is a backlog it waits too; if it lost its messages, the probe is
+    claimed and shows that all older ones are lost.
     """
     result = Plan([], {}, [])
     for row in due:
         through = moved.get(row.queue)
-        if row.published_at is None or (through is not None and row.published_at < through):
+        if row.published_at is None or (through is not None and row.published_at <= through):
             result.publish.append(row.id)
-        elif row.queue not in probing and len(result.probes.get(row.queue, [])) < probes:
-            result.probes.setdefault(row.queue, []).append(row.id)
-        else:
-            result.defer.append(row.id)
-    return result
+            continue
+        result.defer.append(row.id)
+        best = result.probes.get(row.queue)
+        if row.queue not in probing and (best is None or row.published_at > best.published_at):
+            result.probes[row.queue] = row
+    chosen = {row.id for row in result.probes.values()}
+    return Plan(result.publish, result.probes, [i for i in result.defer if i not in chosen])
 
 
 def _publish_due(host: Failing, counts: Counts) -> None:
@@ -202,15 +203,18 @@ def _take_up(host: Failing, connection: Connection, taken: list[Row[Any]], count
     for queue, through in connection.execute(statements[sql.QUEUES_MOVED], queues):
         if through is not None and (queue not in moved or through > moved[queue]):
             moved[queue] = through
-    probing = set(connection.execute(statements[sql.PROBES_OUT], queues).scalars())
+    out = {**queues, "after": settings.republish_after}
+    probing = set(connection.execute(statements[sql.PROBES_OUT], out).scalars())
     decided = plan(due, moved, probing)
-    for queue, ids in decided.probes.items():
-        probe = {"queue": queue, "id": ids[0], "through": moved.get(queue)}
+    for queue, row in decided.probes.items():
+        probe = {"queue": queue, "id": row.id, "of": row.published_at, "through": moved.get(queue)}
         connection.execute(statements[sql.PROBE_SENT], probe)
-    chosen = decided.publish + [task_id for ids in decided.probes.values() for task_id in ids]
+    probes = [row.id for row in decided.probes.values()]
+    chosen = decided.publish + probes
     if chosen:
-        advance = {"ids": chosen, "after": settings.republish_after}
-        taken.extend(connection.execute(statements[sql.TASKS_ADVANCE], advance))
+        advance = {"ids": chosen, "probes": probes, "after": settings.republish_after}
+        advanced = connection.execute(statements[sql.TASKS_ADVANCE], advance)
+        taken.extend(sorted(advanced, key=lambda row: row.place))
     if decided.defer:
         later = {"ids": decided.defer, "after": settings.reap_interval, "unpublished": False}
         deferred = connection.execute(statements[sql.TASKS_DEFER], later)
@@ -232,30 +236,33 @@ def purge(host: barrier.Releasing, batches: int | None = None) -> int:
     Parameters:
         batches: at most so many batches of each kind; None for all there is.
     """
-    limit, gone = {"limit": host.settings.batch_size}, 0
-    for statement in (sql.PURGE_TASKS, sql.PURGE_GROUPS):
-        done = 0
-        while batches is None or done < batches:
-            rows = host.database.count(statement, limit)
-            gone, done = gone + rows, done + 1
-            if rows < host.settings.batch_size:
-                break
-    done = 0
-    while batches is None or done < batches:
-        rows = host.database.transaction(lambda conn: _purge_barrier(conn, host))
-        gone, done = gone + rows, done + 1
-        if not rows:
-            break
+    limits = Limits(host.settings.batch_size, max_batches=batches)
+    done = sweeps.Counts()
+    for step in (
+        partial(_purge_rows, host, sql.PURGE_TASKS),
+        partial(_purge_rows, host, sql.PURGE_GROUPS),
+        partial(_purge_barriers, host),
+    ):
+        run_batches(step, limits, done, stop=shutdown.stopping)
     day = max(host.settings.lease * 10, 3600.0)
-    return gone + host.database.count(sql.WORKERS_PURGE, {"age": day})
+    return done.rows + host.database.count(sql.WORKERS_PURGE, {"age": day})
 
 
-def _purge_barrier(connection: Connection, host: barrier.Releasing) -> int:
+def _purge_rows(host: barrier.Releasing, statement: str, size: int) -> Batch:
+    rows = host.database.count(statement, {"limit": size})
+    return Batch(rows, more=rows >= size)
+
+
+def _purge_barriers(host: barrier.Releasing, size: int) -> Batch:
+    rows = host.database.transaction(lambda conn: _purge_barrier(conn, host, size))
+    return Batch(rows, more=rows > 0)
+
+
+def _purge_barrier(connection: Connection, host: barrier.Releasing, limit: int) -> int:
     statements = host.database.sql
     barrier_id = connection.execute(statements[sql.EXPIRED_BARRIER]).scalar()
     if barrier_id is None:
         return 0
-    limit = host.settings.batch_size
     members = connection.execute(
         statements[sql.PURGE_MEMBERS], {"id": barrier_id, "limit": limit}
     ).rowcount

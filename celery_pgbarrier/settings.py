@@ -52,7 +52,8 @@ class Option:
         return value
 
     def _kind_text(self) -> str:
-        names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+        names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string",
+                 dict: "a dict"}
         return names[self.kind] + (f" ({self.unit})" if self.unit else "")
 
     def _error(self, value: Any, rule: str) -> ConfigurationError:
@@ -76,6 +77,8 @@ OPTIONS = (
            "how long a finished row still recognises a late copy; at least result_expires",
            "s", 1, None, optional=True),
     Option("batch_size", int, 1000, "rows per statement of periodic and bulk work", "", 1, 100000),
+    Option("sweeps", dict, None, "options of sweeps by name: {'documents': {'enabled': False}}",
+           optional=True),
     Option("schema", str, None, "the PostgreSQL schema of the tables", optional=True),
     Option("auto_migrate", bool, True, "whether tables are made or upgraded at first use"),
     Option("dispatch_timeout", float, 15.0,
@@ -99,6 +102,7 @@ class Settings:
     publish_grace: float
     dedup_expires: float | None
     batch_size: int
+    sweeps: dict[str, Any] | None
     schema: str | None
     auto_migrate: bool
     dispatch_timeout: float

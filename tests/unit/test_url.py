@@ -38,7 +38,8 @@ def test_drivers(url: str, driver: str) -> None:
         ("postgresql+pg8000://u:s3cret@h/d", "psycopg2 and psycopg, not pg8000"),
         ("s3cret", "is not a URL"),
         ("", "is not a URL"),
-        ("postgresql://u:s3cret@h:port/d", "is not a URL"),
+        ("postgresql://u:pw@h:port/d", "is not a URL"),
+        ("postgresql://u:s3cret/with-a-slash@h:5432/d", "is not a URL"),
     ],
 )
 def test_a_wrong_url_is_refused_with_the_remedy(url: str, said: str) -> None:

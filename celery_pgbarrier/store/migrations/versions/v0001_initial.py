@@ -84,7 +84,8 @@ CREATE TABLE {s}pgbarrier_queue (
     name text PRIMARY KEY,
     claimed_through timestamptz,
     probe_id text,
-    probe_at timestamptz
+    probe_of timestamptz,
+    probe_sent_at timestamptz
 );
 
 CREATE TABLE {s}pgbarrier_reaper (

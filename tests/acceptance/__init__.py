@@ -1,0 +1,1 @@
+"""What the guarantees promise, shown with real processes that are killed at it."""

@@ -1,0 +1,59 @@
+"""The tasks of these tests. What a body ran to is counted in a table of the test's own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+import psycopg2
+from celery import shared_task
+
+from tests.support.services import libpq_url
+from tests.support.tasks import first, note
+from tests.support.waiting import wait_until
+
+#: The environment variable that holds the SQLAlchemy URL of the test's database.
+DATABASE = "ACCEPTANCE_DATABASE"
+
+BODY = "acceptance.total"
+
+
+@shared_task(name="acceptance.part")
+def part(value: int, seconds: float = 0.0) -> int:
+    """A member that takes a while."""
+    if seconds:
+        threading.Event().wait(seconds)
+    return value
+
+
+@shared_task(name=BODY)
+def total(values: Iterable[int], label: str, dies: str | None = None) -> int:
+    """A body that leaves a row at each run; with ``dies`` its first run is killed before that."""
+    if dies and first(dies):
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = sum(values)
+    with closing(psycopg2.connect(libpq_url(os.environ[DATABASE]))) as connection:
+        connection.autocommit = True
+        connection.cursor().execute(
+            "INSERT INTO body_run (label, total) VALUES (%s, %s)", (label, result)
+        )
+    return result
+
+
+@shared_task(name="acceptance.overtaken")
+def overtaken(old: int, new: int, path: str, gate: str) -> int:
+    """The first run waits for ``gate`` and returns ``old``, any other returns ``new`` at once."""
+    if not first(path):
+        return new
+    wait_until(Path(gate).exists, 120, f"{gate} exists")
+    return old
+
+
+@shared_task(name="acceptance.heard")
+def heard(value: int, path: str) -> None:
+    """A link: leaves a line of what it was told."""
+    note(path, value)

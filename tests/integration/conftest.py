@@ -1,0 +1,92 @@
+"""What the integration tests share: one app on one database and one broker, seen from all sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+
+import celery_pgbarrier.backend
+from celery_pgbarrier.backend import BarrierBackend
+from tests.support import databases, tasks
+from tests.support.brokers import Broker
+from tests.support.inline import InlineWorker, workers
+from tests.support.tables import Tables
+from tests.support.wire import Wire
+
+__all__ = ["InlineWorker"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "settings(**settings): what the app's test adds to it")
+
+
+@pytest.fixture(autouse=True)
+def no_connections_left() -> Iterator[None]:
+    """Close the pools that the backends of a test have opened in this process."""
+    yield
+    tasks.hooks.clear()
+    pools = celery_pgbarrier.backend._databases
+    while pools:
+        pools.popitem()[1].dispose()
+
+
+@pytest.fixture
+def app(
+    make_app: Callable[..., Celery],
+    redis_broker: Broker,
+    database_url: str,
+    request: pytest.FixtureRequest,
+) -> Celery:
+    """An app on the test's database and broker; ``@pytest.mark.settings(key=value)`` adds to it."""
+    marker = request.node.get_closest_marker("settings")
+    return make_app(
+        redis_broker, databases.backend_url(database_url), **(marker.kwargs if marker else {})
+    )
+
+
+@pytest.fixture
+def backend(app: Celery) -> BarrierBackend:
+    found = app.backend
+    assert isinstance(found, BarrierBackend)
+    return found
+
+
+@pytest.fixture
+def tables(database_url: str) -> Tables:
+    return Tables(database_url)
+
+
+@pytest.fixture
+def make_worker(app: Celery, redis_broker: Broker) -> Iterator[Callable[..., InlineWorker]]:
+    """``make_worker(name)``: one more worker inside this process."""
+    with workers(app, redis_broker) as make:
+        yield make
+
+
+@pytest.fixture
+def worker(make_worker: Callable[..., InlineWorker]) -> InlineWorker:
+    return make_worker()
+
+
+@pytest.fixture
+def wire(database_url: str) -> Iterator[Wire]:
+    """A line to the test's database that can be listened to and cut."""
+    with Wire(database_url) as line:
+        yield line
+
+
+@pytest.fixture
+def hook() -> Callable[[str], Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """``@hook("name")``: what the task ``hooked.s(value, "name")`` runs."""
+
+    def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
+            tasks.hooks[name] = function
+            return function
+
+        return decorator
+
+    return register

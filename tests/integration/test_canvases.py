@@ -1,0 +1,461 @@
+"""Canvases, and what they come to: the same on Celery's Redis backend and on ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord, group
+from celery.exceptions import ChordError
+from celery.result import GroupResult
+
+from celery_pgbarrier.backend import BarrierBackend
+from tests.support import databases, tasks
+from tests.support.brokers import Broker
+from tests.support.inline import InlineWorker, workers
+from tests.support.tables import Tables
+from tests.support.tasks import notes, plain
+
+pytestmark = [
+    # What Celery's Redis backend uses of its client.
+    pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:task_allow_error_cb_on_chord_header"),
+]
+
+claimed = SimpleNamespace(**{name: getattr(tasks, name) for name in vars(plain)})
+
+
+@dataclass
+class World:
+    """A backend, tasks of one kind, a worker, and a file for what tasks tell."""
+
+    t: Any
+    app: Celery
+    worker: InlineWorker
+    path: Path
+    tables: Tables | None
+
+    @property
+    def ours(self) -> bool:
+        return isinstance(self.app.backend, BarrierBackend)
+
+    def nothing_open(self) -> bool:
+        """Whether every barrier is closed and every message was used up."""
+        if self.tables is None:
+            return True
+        open_ones = self.tables.count("barrier", "state IN ('waiting', 'ready')")
+        return not open_ones and not self.tables.count("task", "state <> 'done'")
+
+
+@pytest.fixture(params=["claimed", "plain", "redis"])
+def world(
+    request: pytest.FixtureRequest,
+    make_app: Callable[..., Celery],
+    redis_broker: Broker,
+    database_url: str,
+    tmp_path: Path,
+) -> Iterator[World]:
+    ours = request.param != "redis"
+    options: dict[str, Any] = {}
+    if ours:
+        url = databases.backend_url(database_url)
+    else:  # in the corner of the broker, so that nothing is left behind
+        url = redis_broker.url
+        options["result_backend_transport_options"] = redis_broker.transport_options
+    app = make_app(redis_broker, url, **options)
+    kinds = {"claimed": claimed, "plain": plain, "redis": plain}
+    with workers(app, redis_broker) as make:
+        yield World(
+            kinds[request.param], app, make(), tmp_path / "notes",
+            Tables(database_url) if ours else None,
+        )  # fmt: skip
+    if not ours:
+        consumer = app.backend.result_consumer
+        consumer.stop()
+        consumer._pubsub = None  # or each result that is collected later connects again
+        app.backend.client.connection_pool.disconnect()
+
+
+Canvas = Callable[[World], Any]
+
+VALUES: dict[str, tuple[Canvas, Any]] = {
+    "task body": (
+        lambda w: chord([w.t.add.s(1, 1), w.t.add.s(2, 2)], w.t.xsum.s()),
+        6,
+    ),
+    "one member": (lambda w: chord([w.t.add.s(1, 1)], w.t.xsum.s()), 2),
+    "header order": (
+        lambda w: chord([w.t.identity.s(n) for n in range(20)], w.t.identity.s()),
+        list(range(20)),
+    ),
+    "chain body": (
+        lambda w: chord([w.t.add.s(1, 1), w.t.add.s(2, 2)], w.t.xsum.s() | w.t.add.s(10)),
+        16,
+    ),
+    "group body": (
+        lambda w: chord([w.t.add.s(1, 1), w.t.add.s(2, 2)], group(w.t.xsum.s(), w.t.identity.s())),
+        [6, [2, 4]],
+    ),
+    "chord body": (
+        lambda w: chord(
+            [w.t.add.s(1, 1), w.t.add.s(2, 2)],
+            chord([w.t.xsum.s(), w.t.xsum.s()], w.t.identity.s()),
+        ),
+        [6, 6],
+    ),
+    "body with its own arguments": (
+        lambda w: chord([w.t.add.s(1, 1)], w.t.echo.s("more", key="value")),
+        {"args": [[2], "more"], "kwargs": {"key": "value"}},
+    ),
+    "immutable body": (
+        lambda w: chord([w.t.add.s(1, 1)], w.t.echo.si("alone")),
+        {"args": ["alone"], "kwargs": {}},
+    ),
+    "chord in a header": (
+        lambda w: chord(
+            [chord([w.t.add.s(1, 1), w.t.add.s(2, 2)], w.t.xsum.s()), w.t.add.s(10, 10)],
+            w.t.identity.s(),
+        ),
+        [6, 20],
+    ),
+    "three chords deep": (
+        lambda w: chord(
+            [
+                chord([chord([w.t.add.s(1, 1)], w.t.xsum.s()), w.t.add.s(2, 2)], w.t.xsum.s()),
+                w.t.add.s(3, 3),
+            ],
+            w.t.identity.s(),
+        ),
+        [6, 6],
+    ),
+    "chain in a header": (
+        lambda w: chord([w.t.add.s(1, 1) | w.t.add.s(10), w.t.add.s(2, 2)], w.t.identity.s()),
+        [12, 4],
+    ),
+    "long chain in a header": (
+        lambda w: chord(
+            [w.t.add.s(1, 1) | w.t.add.s(1) | w.t.add.s(1) | w.t.add.s(1), w.t.add.s(2, 2)],
+            w.t.identity.s(),
+        ),
+        [5, 4],
+    ),
+    "group in a header": (
+        lambda w: chord(
+            [group(w.t.add.s(1, 1), w.t.add.s(2, 2)), w.t.add.s(3, 3)], w.t.identity.s()
+        ),
+        [4, 2, 6],  # sic
+    ),
+    "groups in a group in a header": (
+        lambda w: chord(
+            [group(group(w.t.add.s(1, 1), w.t.add.s(2, 2)), w.t.add.s(3, 3)), w.t.add.s(4, 4)],
+            w.t.identity.s(),
+        ),
+        [6, 4, 2, 8],  # sic
+    ),
+    "a group of chains in a header": (
+        lambda w: chord(
+            [group(w.t.add.s(1, 1) | w.t.add.s(1), w.t.add.s(2, 2) | w.t.add.s(1))],
+            w.t.flat_sum.s(),
+        ),
+        8,
+    ),
+    "chain that ends in a group in a header": (
+        lambda w: chord(
+            [chain(w.t.add.s(1, 1), group(w.t.add.s(1), w.t.add.s(2))), w.t.add.s(5, 5)],
+            w.t.flat_sum.s(),
+        ),
+        17,
+    ),
+    "chain with a group inside in a header": (
+        lambda w: chord(
+            [
+                chain(w.t.add.s(1, 1), group(w.t.add.s(1), w.t.add.s(2)), w.t.xsum.s()),
+                w.t.add.s(5, 5),
+            ],
+            w.t.identity.s(),
+        ),
+        [7, 10],
+    ),
+    "chain that ends in a chord in a header": (
+        lambda w: chord(
+            [
+                chain(w.t.add.s(1, 1), chord([w.t.add.s(1), w.t.add.s(2)], w.t.xsum.s())),
+                w.t.add.s(5, 5),
+            ],
+            w.t.identity.s(),
+        ),
+        [7, 10],
+    ),
+    "generator header": (
+        lambda w: chord((w.t.add.s(n, n) for n in range(5)), w.t.identity.s()),
+        [0, 2, 4, 6, 8],
+    ),
+    "generator of chains": (
+        lambda w: chord((w.t.add.s(n, n) | w.t.add.s(1) for n in range(3)), w.t.identity.s()),
+        [1, 3, 5],
+    ),
+    "empty header": (lambda w: chord([], w.t.identity.s()), []),
+    "empty header, chain body": (
+        lambda w: chord([], w.t.xsum.s() | w.t.add.s(1)),
+        1,
+    ),
+    "group then task": (
+        lambda w: chain(group(w.t.add.s(1, 1), w.t.add.s(2, 2)), w.t.xsum.s()),
+        6,
+    ),
+    "task, group, task, task": (
+        lambda w: chain(
+            w.t.add.s(1, 1), group(w.t.add.s(1), w.t.add.s(2)), w.t.xsum.s(), w.t.add.s(100)
+        ),
+        107,
+    ),
+    "group, group, task": (
+        lambda w: chain(
+            group(w.t.add.s(1, 1), w.t.add.s(2, 2)),
+            group(w.t.xsum.s(), w.t.xsum.s()),
+            w.t.xsum.s(),
+        ),
+        12,
+    ),
+    "chord, then task": (
+        lambda w: chain(chord([w.t.add.s(1, 1)], w.t.xsum.s()), w.t.add.s(1)),
+        3,
+    ),
+    "chord, then group": (
+        lambda w: chain(
+            chord([w.t.add.s(1, 1)], w.t.xsum.s()), group(w.t.add.s(1), w.t.add.s(2))
+        ),
+        [3, 4],
+    ),
+    "two chords in a group": (
+        lambda w: group(
+            chord([w.t.add.s(1, 1)], w.t.xsum.s()), chord([w.t.add.s(2, 2)], w.t.xsum.s())
+        ),
+        [2, 4],
+    ),
+    "a member that is replaced by a chord": (
+        lambda w: chord(
+            [
+                w.t.replaced.s(chord([w.t.add.s(1, 1), w.t.add.s(2, 2)], w.t.xsum.s())),
+                w.t.add.s(5, 5),
+            ],
+            w.t.identity.s(),
+        ),
+        [6, 10],
+    ),
+    "a member that retries": (
+        lambda w: chord([w.t.retry_until.s(7, 3), w.t.add.s(1, 1)], w.t.identity.s()),
+        [7, 2],
+    ),
+    "a body that retries": (
+        lambda w: chord([w.t.add.s(1, 1)], w.t.retry_until.s(2)),
+        [2],
+    ),
+    "a body that is replaced": (
+        lambda w: chord([w.t.add.s(1, 1)], w.t.replaced.si(w.t.add.s(40, 2))),
+        42,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_value(world: World, name: str) -> None:
+    canvas, expected = VALUES[name]
+    result = canvas(world).apply_async()
+    world.worker.drain()
+    assert value(result) == expected
+    if world.ours:
+        assert result.get(timeout=5) == expected
+    assert world.nothing_open()
+
+
+def value(result: Any) -> Any:
+    """What a result has come to; looked up, for ``get`` would open connections to Redis."""
+    if isinstance(result, GroupResult):
+        return [value(child) for child in result.results]
+    assert result.state == "SUCCESS"
+    return result.result
+
+
+def test_results_stand_in_header_order_whatever_the_order_of_their_ends(world: World) -> None:
+    header = [world.t.identity.s(n) for n in range(12)]
+    result = chord(header, world.t.identity.s()).delay()
+    for request in reversed(world.worker.take_all()):
+        world.worker.run(request)
+    world.worker.drain()
+    assert value(result) == list(range(12))
+
+
+def test_a_chord_does_not_poll(world: World) -> None:
+    """There is no ``chord_unlock`` and nothing else beside the canvas's own tasks."""
+    chord([world.t.add.s(1, 1), world.t.add.s(2, 2)], world.t.xsum.s()).delay()
+    assert world.worker.drain() == 3
+
+
+# -- links
+
+LINKS: dict[str, tuple[Canvas, list[str]]] = {
+    "link of a member": (
+        lambda w: chord(
+            [w.t.add.s(1, 1).on_error(w.t.fail.s()).set(link=w.t.noted.s(str(w.path)))],
+            w.t.xsum.s(),
+        ),
+        ["2"],
+    ),
+    "link of the body": (
+        lambda w: chord([w.t.add.s(1, 1)], w.t.xsum.s().set(link=w.t.noted.s(str(w.path)))),
+        ["2"],
+    ),
+    "two links of the body": (
+        lambda w: chord(
+            [w.t.add.s(1, 1)],
+            w.t.xsum.s().set(link=[w.t.noted.s(str(w.path)), w.t.noted.s(str(w.path))]),
+        ),
+        ["2", "2"],
+    ),
+    "link of a chord": (
+        lambda w: _linked(chord([w.t.add.s(1, 1)], w.t.xsum.s()), w.t.noted.s(str(w.path))),
+        ["2"],
+    ),
+    "link of a body that is a chain": (
+        lambda w: chord(
+            [w.t.add.s(1, 1)],
+            chain(w.t.xsum.s(), w.t.add.s(1).set(link=w.t.noted.s(str(w.path)))),
+        ),
+        ["3"],
+    ),
+}  # fmt: skip
+
+
+def _linked(canvas: Any, link: Any) -> Any:
+    canvas.link(link)
+    return canvas
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_link(world: World, name: str) -> None:
+    canvas, expected = LINKS[name]
+    canvas(world).apply_async()
+    world.worker.drain()
+    assert notes(world.path) == expected
+    assert world.nothing_open()
+
+
+# -- errors
+
+ERRORS: dict[str, Canvas] = {
+    "the only member": lambda w: chord([w.t.fail.s()], w.t.xsum.s()),
+    "one of three": lambda w: chord([w.t.add.s(1, 1), w.t.fail.s(), w.t.add.s(2, 2)], w.t.xsum.s()),
+    "two of three": lambda w: chord([w.t.fail.s(), w.t.fail.s(), w.t.add.s(2, 2)], w.t.xsum.s()),
+    "the first step of a chain": lambda w: chord(
+        [w.t.fail.s() | w.t.add.s(1), w.t.add.s(2, 2)], w.t.xsum.s()
+    ),
+    "the last step of a chain": lambda w: chord(
+        [w.t.add.s(1, 1) | w.t.fail.si(), w.t.add.s(2, 2)], w.t.xsum.s()
+    ),
+    "a member of a group": lambda w: chord(
+        [group(w.t.fail.s(), w.t.add.s(1, 1)), w.t.add.s(2, 2)], w.t.flat_sum.s()
+    ),
+    "a member of an inner chord": lambda w: chord(
+        [chord([w.t.fail.s(), w.t.add.s(1, 1)], w.t.xsum.s()), w.t.add.s(2, 2)], w.t.xsum.s()
+    ),
+    "the body of an inner chord": lambda w: chord(
+        [chord([w.t.add.s(1, 1)], w.t.fail.si()), w.t.add.s(2, 2)], w.t.xsum.s()
+    ),
+    "before an inner chord": lambda w: chord(
+        [chain(w.t.fail.s(), chord([w.t.add.si(1, 1)], w.t.xsum.s())), w.t.add.s(2, 2)],
+        w.t.xsum.s(),
+    ),
+    "a member of a generator": lambda w: chord(
+        (w.t.fail.s() for _ in range(2)), w.t.xsum.s()
+    ),
+}  # fmt: skip
+
+
+#: Where Celery's Redis backend leaves the outer chord waiting for ever, and we do not.
+STRANDED_BY_CELERY = {"a member of an inner chord"}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_in_the_header(world: World, name: str) -> None:
+    """The body never runs, its result is the ChordError, its errbacks are called once."""
+    chord_ = ERRORS[name](world)
+    chord_.body.set(link_error=[world.t.noted_error.s(str(world.path))])
+    result = chord_.apply_async()
+    world.worker.drain()
+    if name in STRANDED_BY_CELERY and not world.ours:
+        assert result.state == "PENDING"
+        return
+    assert result.state == "FAILURE"
+    assert isinstance(result.result, ChordError)
+    assert re.search("Dependency .* raised .*as told", str(result.result))
+    assert notes(world.path) == [result.id]
+    assert world.nothing_open()
+
+
+def test_errback_of_three_arguments(world: World) -> None:
+    body = world.t.xsum.s().set(link_error=[world.t.noted_failure.s(path=str(world.path))])
+    result = chord([world.t.fail.s(), world.t.add.s(1, 1)], body).delay()
+    world.worker.drain()
+    assert notes(world.path) == [f"{result.id} ChordError"]
+
+
+def test_errbacks_of_both_arities_on_a_member(world: World) -> None:
+    path = str(world.path)
+    member = world.t.fail.s().set(
+        link_error=[world.t.noted_error.s(path), world.t.noted_failure.s(path=path)]
+    )
+    result = chord([member, world.t.add.s(1, 1)], world.t.xsum.s()).delay()
+    failed = result.parent.results[0].id
+    world.worker.drain()
+    assert sorted(notes(world.path)) == sorted([failed, f"{failed} ValueError"])
+
+
+def test_errback_of_a_chord_is_called_for_its_header(world: World) -> None:
+    canvas = chord([world.t.fail.s(), world.t.add.s(1, 1)], world.t.xsum.s())
+    canvas.link_error(world.t.noted_error.s(str(world.path)))
+    result = canvas.delay()
+    world.worker.drain()
+    assert result.id in notes(world.path)
+    assert len(notes(world.path)) == len(set(notes(world.path)))
+
+
+def test_what_follows_a_failed_chord_fails(world: World) -> None:
+    canvas = chain(chord([world.t.fail.s()], world.t.xsum.s()), world.t.add.s(1), world.t.add.s(1))
+    result = canvas.apply_async()
+    world.worker.drain()
+    while result is not None and not hasattr(result, "results"):
+        assert result.state == "FAILURE"
+        result = result.parent
+
+
+def test_failed_header_with_a_group_body(world: World) -> None:
+    """Each task of the body fails; ours with the ChordError or its cause, as Celery's."""
+    result = chord([world.t.fail.s()], group(world.t.xsum.s(), world.t.identity.s())).delay()
+    world.worker.drain()
+    assert [child.state for child in result.results] == ["FAILURE", "FAILURE"]
+    assert all("as told" in str(child.result) for child in result.results)
+    assert world.nothing_open()
+
+
+def test_a_body_that_fails(world: World) -> None:
+    body = world.t.fail.si("in the body").set(link_error=[world.t.noted_error.s(str(world.path))])
+    result = chord([world.t.add.s(1, 1)], body).delay()
+    world.worker.drain()
+    assert isinstance(result.result, ValueError)
+    assert str(result.result) == "in the body"
+    assert notes(world.path) == [result.id]
+
+
+def test_members_keep_their_own_outcomes(world: World) -> None:
+    result = chord([world.t.add.s(1, 1), world.t.fail.s()], world.t.xsum.s()).delay()
+    world.worker.drain()
+    good, bad = result.parent.results
+    assert (good.state, good.result) == ("SUCCESS", 2)
+    assert (bad.state, str(bad.result)) == ("FAILURE", "as told")
+    assert "ValueError" in bad.traceback

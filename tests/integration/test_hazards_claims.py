@@ -1,0 +1,428 @@
+"""Hazards 2, 4, 5, 6 and 8: who holds a task, and when it passes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chord
+from celery.app.task import Context
+from celery.exceptions import Ignore, Reject
+
+from celery_pgbarrier import lease, reaper
+from celery_pgbarrier.backend import BarrierBackend
+from celery_pgbarrier.errors import HolderLost, MemberEndedWithoutResult
+from celery_pgbarrier.worker import audit
+from tests.support.brokers import Broker
+from tests.support.inline import InlineWorker
+from tests.support.tables import Tables
+from tests.support.tasks import (
+    add,
+    hooked,
+    hooked_late,
+    identity,
+    noted_error,
+    notes,
+    plain,
+    retry_until,
+    xsum,
+)
+
+Hook = Callable[[str], Callable[[Callable[..., Any]], Callable[..., Any]]]
+MakeWorker = Callable[..., InlineWorker]
+
+
+def claim(backend: BarrierBackend, worker: InlineWorker, request: Any) -> lease.Attempt:
+    """Claim a message that was taken, and do nothing about it."""
+    args, kwargs, embed = request._payload
+    context = Context({**request.request_dict, **embed}, args=args, kwargs=kwargs)
+    with worker.identity():
+        return backend.claim(request.task, context)
+
+
+def member_of_a_chord(worker: InlineWorker, canvas: Any) -> tuple[Any, Any]:
+    """Start a chord of two members; its result, and the message of the first."""
+    result = chord([canvas, add.s(1, 1)], identity.s()).delay()
+    first, second = worker.take_all()
+    worker.run(second)
+    return result, first
+
+
+# -- 2
+
+
+def test_hazard_02_a_claim_that_is_held_but_not_run_is_released_by_the_second_audit(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables
+) -> None:
+    result, message = member_of_a_chord(worker, add.s(2, 2))
+    claim(backend, worker, message)
+    with worker.identity():
+        lease.beat(backend)
+        idle = audit(backend, {})
+        assert tables.task(message.id).state == "running"
+        assert audit(backend, idle) == {}
+    row = tables.task(message.id)
+    assert (row.state, row.token, row.crashes) == ("queued", None, 0)
+    worker.drain()
+    assert result.get(timeout=5) == [4, 2]
+
+
+def test_hazard_02_the_audit_leaves_alone_what_runs_or_has_just_begun(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables, hook: Hook
+) -> None:
+    looks: list[dict[str, int]] = []
+
+    @hook("look")
+    def look(task: Any, value: Any) -> None:
+        idle: dict[str, int] = {}
+        for _ in range(3):
+            idle = audit(backend, idle)
+            looks.append(idle)
+        assert tables.task(task.request.id).state == "running"
+
+    result = hooked.delay(1, "look")
+    worker.drain()
+    assert looks == [{}, {}, {}]
+    assert result.get(timeout=5) == 1
+    assert tables.task(result.id).attempt == 1
+
+
+def test_hazard_02_the_audit_leaves_other_workers_alone(
+    backend: BarrierBackend, make_worker: MakeWorker, tables: Tables
+) -> None:
+    one, other = make_worker("one"), make_worker("other")
+    result = add.delay(1, 1)
+    message = one.take()
+    claim(backend, one, message)
+    with other.identity():
+        lease.beat(backend)
+        assert audit(backend, audit(backend, audit(backend, {}))) == {}
+    assert tables.task(result.id).state == "running"
+
+
+def test_hazard_02_a_claim_whose_answer_was_lost_is_granted_to_the_same_child_again(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables
+) -> None:
+    _, message = member_of_a_chord(worker, add.s(2, 2))
+    lost = claim(backend, worker, message)
+    again = claim(backend, worker, message)
+    assert again.token != lost.token
+    assert str(tables.task(message.id).token) == again.token
+
+
+def test_hazard_02_a_member_that_ends_in_ignore_fails_its_chord_and_says_so(
+    app: Celery, worker: InlineWorker, tables: Tables, hook: Hook, tmp_path: Path
+) -> None:
+    @hook("ignore")
+    def ignore(task: Any, value: Any) -> None:
+        raise Ignore
+
+    path = tmp_path / "errors"
+    body = xsum.s().set(link_error=[noted_error.s(str(path))])
+    result = chord([hooked.s(1, "ignore"), add.s(1, 1)], body).delay()
+    worker.drain()
+    assert result.state == "FAILURE"
+    assert "ended with Ignore and no result" in str(result.result)
+    assert isinstance(result.parent.results[0].result, MemberEndedWithoutResult)
+    assert notes(path) == [result.id]
+
+
+def test_hazard_02_an_ordinary_task_that_ends_in_ignore_is_done_and_not_run_again(
+    worker: InlineWorker, backend: BarrierBackend, tables: Tables, hook: Hook
+) -> None:
+    runs: list[int] = []
+
+    @hook("ignore")
+    def ignore(task: Any, value: Any) -> None:
+        runs.append(value)
+        raise Ignore
+
+    result = hooked.delay(1, "ignore")
+    worker.drain()
+    assert (tables.task(result.id).state, result.state) == ("done", "PENDING")
+    tables.overdue()
+    reaper.run_once(backend)
+    worker.drain()
+    assert runs == [1]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_hazard_02_reject_with_requeue_goes_back_to_queued(
+    worker: InlineWorker, backend: BarrierBackend, tables: Tables, hook: Hook, late: bool
+) -> None:
+    runs: list[int] = []
+
+    @hook("reject once")
+    def reject_once(task: Any, value: Any) -> None:
+        runs.append(value)
+        if len(runs) == 1:
+            raise Reject("not now", requeue=True)
+
+    task = hooked_late if late else hooked
+    result = chord([task.s(1, "reject once"), add.s(1, 1)], identity.s()).delay()
+    member = result.parent.results[0].id
+    for message in worker.take_all():
+        worker.run(message)
+    row = tables.task(member)
+    assert (row.state, row.token, row.crashes) == ("queued", None, 0)
+    tables.overdue()  # an early acknowledged message does not come back by itself
+    reaper.run_once(backend)
+    worker.drain()
+    assert result.get(timeout=5) == [1, 2]
+    assert runs == [1, 1]
+
+
+def test_hazard_02_reject_without_requeue_is_the_failure_of_the_task(
+    worker: InlineWorker, tables: Tables, hook: Hook
+) -> None:
+    @hook("reject")
+    def reject(task: Any, value: Any) -> None:
+        raise Reject("never", requeue=False)
+
+    result = chord([hooked.s(1, "reject"), add.s(1, 1)], identity.s()).delay()
+    worker.drain()
+    assert result.parent.results[0].state == "FAILURE"
+    assert result.state == "FAILURE"
+    assert tables.barrier_states() == ["failed"]
+
+
+# -- 4
+
+
+@pytest.mark.settings(pgbarrier_max_crashes=2)
+@pytest.mark.parametrize("member", [False, True])
+def test_hazard_04_retries_do_not_eat_the_crash_limit(
+    app: Celery, worker: InlineWorker, tables: Tables, member: bool
+) -> None:
+    task = retry_until.s(7, 6)
+    result = chord([task], xsum.s()).delay() if member else task.delay()
+    assert worker.drain() == 7 + member
+    assert result.get(timeout=5) == 7
+    row = tables.task(result.parent.results[0].id if member else result.id)
+    assert (row.attempt, row.crashes, row.seq) == (7, 0, 6)
+
+
+@pytest.mark.settings(pgbarrier_max_crashes=2)
+def test_hazard_04_rolling_deploys_do_not_eat_the_crash_limit(
+    backend: BarrierBackend, make_worker: MakeWorker, tables: Tables
+) -> None:
+    """Five workers in a row are told to stop, and killed before the task has ended."""
+    result = chord([add.s(1, 1)], xsum.s()).delay()
+    for number in range(5):
+        worker = make_worker(f"deploy {number}")
+        message = worker.take()
+        assert message is not None
+        claim(backend, worker, message)
+        with worker.identity():
+            lease.beat(backend, "stopping")
+        tables.silence(worker.boot.id)
+        reaper.run_once(backend)
+        tables.silence(worker.boot.id)
+        reaper.run_once(backend)
+    last = make_worker("last")
+    last.drain()
+    assert result.get(timeout=5) == 2
+    row = tables.task(result.parent.results[0].id)
+    assert (row.attempt, row.crashes) == (6, 0)
+
+
+def test_hazard_04_a_clean_end_of_a_worker_gives_its_claims_back_at_once(
+    backend: BarrierBackend, worker: InlineWorker, make_worker: MakeWorker, tables: Tables
+) -> None:
+    result = chord([add.s(1, 1)], xsum.s()).delay()
+    claim(backend, worker, worker.take())
+    with worker.identity():
+        lease.stopped(backend)
+    assert reaper.run_once(backend).tasks_released == 1
+    make_worker("next").drain()
+    assert result.get(timeout=5) == 2
+    assert tables.task(result.parent.results[0].id).crashes == 0
+
+
+# -- 5
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_hazard_05_a_plain_member_that_outlasts_republish_after_is_not_run_twice(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables, hook: Hook, registered: bool
+) -> None:
+    """Not even where its worker has not been heard of yet: it has only just started."""
+    published: list[int] = []
+
+    @hook("slow")
+    def slow(task: Any, value: Any) -> None:
+        for _ in range(3):
+            tables.overdue()
+            published.append(reaper.run_once(backend).messages_published)
+
+    if registered:
+        with worker.identity():
+            lease.beat(backend)
+    result = chord([plain.hooked.s(1, "slow")], xsum.s()).delay()
+    worker.drain()
+    assert published == [0, 0, 0]
+    assert result.get(timeout=5) == 1
+
+
+def test_hazard_05_a_plain_member_whose_worker_dies_fails_as_in_celery(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables, hook: Hook
+) -> None:
+    @hook("die")
+    def die(task: Any, value: Any) -> None:
+        bury(backend, worker, tables)
+
+    result = chord([plain.hooked.s(1, "die"), add.s(1, 1)], xsum.s()).delay()
+    worker.drain()
+    assert isinstance(result.parent.results[0].result, HolderLost)
+    assert result.state == "FAILURE"
+
+
+def test_hazard_05_a_plain_member_that_acknowledges_late_is_run_again(
+    backend: BarrierBackend, worker: InlineWorker, make_worker: MakeWorker, tables: Tables,
+    hook: Hook,
+) -> None:  # fmt: skip
+    runs: list[int] = []
+
+    @hook("die once")
+    def die_once(task: Any, value: Any) -> int:
+        runs.append(value)
+        if len(runs) == 1:
+            bury(backend, worker, tables)
+            make_worker("next").drain()
+            return 4
+        return 5
+
+    result = chord([plain.hooked_late.s(1, "die once")], xsum.s()).delay()
+    worker.drain()
+    assert runs == [1, 1]
+    assert result.get(timeout=5) == 5
+
+
+def bury(backend: BarrierBackend, worker: InlineWorker, tables: Tables) -> reaper.Counts:
+    """Let a worker be silent until both looks have found it dead."""
+    with worker.identity():
+        lease.beat(backend)
+    tables.silence(worker.boot.id)
+    reaper.run_once(backend)
+    tables.silence(worker.boot.id)
+    return reaper.run_once(backend)
+
+
+# -- 6
+
+
+def test_hazard_06_the_end_of_a_database_outage_kills_no_lease(
+    backend: BarrierBackend, make_worker: MakeWorker, tables: Tables
+) -> None:
+    """The first pass after an outage comes before any heartbeat: it only suspects."""
+    worker = make_worker()
+    results = [add.delay(n, n) for n in range(3)]
+    for message in worker.take_all():
+        claim(backend, worker, message)
+    tables.silence(worker.boot.id)
+    counts = reaper.run_once(backend)
+    assert (counts.workers_dead, counts.tasks_released) == (0, 0)
+    assert tables.value("SELECT count(*) FROM pgbarrier_worker WHERE suspect_at IS NOT NULL") == 1
+    with worker.identity():
+        lease.beat(backend)
+    for _ in range(3):
+        assert reaper.run_once(backend).workers_dead == 0
+    assert {tables.task(result.id).state for result in results} == {"running"}
+
+
+def test_hazard_06_a_worker_that_stays_silent_dies_at_the_second_look(
+    backend: BarrierBackend, make_worker: MakeWorker, tables: Tables
+) -> None:
+    worker = make_worker()
+    result = add.delay(1, 1)
+    claim(backend, worker, worker.take())
+    tables.silence(worker.boot.id)
+    assert reaper.run_once(backend).workers_dead == 0
+    assert reaper.run_once(backend).workers_dead == 0  # two heartbeats have not passed
+    tables.silence(worker.boot.id)
+    counts = reaper.run_once(backend)
+    assert (counts.workers_dead, counts.tasks_released) == (1, 1)
+    row = tables.task(result.id)
+    assert (row.state, row.crashes) == ("queued", 1)
+    make_worker("next").drain()
+    assert result.get(timeout=5) == 2
+
+
+def test_hazard_06_a_worker_that_was_buried_alive_registers_itself_again(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables
+) -> None:
+    bury(backend, worker, tables)
+    assert tables.value("SELECT state FROM pgbarrier_worker") == "dead"
+    result = add.delay(1, 1)
+    worker.drain()
+    assert result.get(timeout=5) == 2
+    assert tables.value("SELECT state FROM pgbarrier_worker") == "running"
+
+
+# -- 8
+
+
+def test_hazard_08_the_fence_differs_for_two_holders_of_the_same_attempt(
+    redis_broker: Broker,
+    make_worker: MakeWorker,
+    backend: BarrierBackend,
+    tables: Tables,
+    hook: Hook,
+) -> None:
+    """A grant is lost in a crash of PostgreSQL, and the next one has the same number."""
+    first, second = make_worker("first"), make_worker("second")
+    runs: list[str] = []
+
+    @hook("twice")
+    def twice(task: Any, value: Any) -> str:
+        runs.append(lease.boot.name)
+        if len(runs) > 1:
+            return "second"
+        tables.ask(
+            "UPDATE pgbarrier_task SET state = 'queued', attempt = 0, token = NULL, worker = NULL,"
+            " due_at = clock_timestamp() WHERE id = :id",
+            id=task.request.id,
+        )
+        tables.overdue()
+        reaper.run_once(backend)
+        second.drain()
+        assert tables.task(task.request.id).attempt == 1
+        return "first"
+
+    result = chord([hooked.s(0, "twice"), add.s(1, 1)], identity.s()).delay()
+    first.drain()
+    assert runs == ["first", "second"]
+    assert result.get(timeout=5) == ["second", 2]
+
+
+@pytest.mark.parametrize("holder", ["another worker", "another process of the worker"])
+def test_hazard_08_a_parent_writes_only_for_the_child_that_holds_the_claim(
+    make_worker: MakeWorker, backend: BarrierBackend, tables: Tables, holder: str
+) -> None:
+    """A time limit of a run that has passed on stores nothing, calls nothing, counts nothing."""
+    first, second = make_worker("first"), make_worker("second")
+    result, message = member_of_a_chord(first, add.s(2, 2))
+    here = holder == "another process of the worker"
+    claim(backend, first if here else second, message)
+    message.worker_pid = 4_000_000 if here else None  # no process has so high an id
+    with first.identity():
+        message.on_timeout(False, 1.0)
+    row = tables.task(message.id)
+    assert (row.state, row.status) == ("running", "PENDING")
+    assert tables.barrier_states() == ["waiting"]
+    assert result.state == "PENDING"
+
+
+def test_hazard_08_a_parent_may_write_for_its_own_child(
+    worker: InlineWorker, backend: BarrierBackend, tables: Tables
+) -> None:
+    result, message = member_of_a_chord(worker, add.s(2, 2))
+    attempt = claim(backend, worker, message)
+    assert attempt.number == 1
+    message.worker_pid = lease.holder().pid
+    with worker.identity():
+        message.on_timeout(False, 1.0)
+    assert tables.task(message.id).status == "FAILURE"
+    assert result.state == "FAILURE"
