@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -17,7 +18,7 @@ from celery.result import GroupResult, ResultBase, allow_join_result, result_fro
 from celery.utils.log import get_logger
 from kombu.serialization import dumps, loads
 
-from celery_pgbarrier import barrier, beat, capture, compat, lease, reaper, worker
+from celery_pgbarrier import barrier, beat, capture, compat, lease, plain, reaper, worker
 from celery_pgbarrier.barrier import Closing
 from celery_pgbarrier.dispatch import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict
@@ -25,7 +26,7 @@ from celery_pgbarrier.lease import Attempt, Claim, Held, Loss, Verdict
 from celery_pgbarrier.request import CONTENT
 from celery_pgbarrier.settings import Settings, load
 from celery_pgbarrier.store import sql
-from celery_pgbarrier.store.database import Database, parse_url
+from celery_pgbarrier.store.database import Database, parse_url, safe_url
 from celery_pgbarrier.unit import (
     STAMP,
     Addition,
@@ -43,8 +44,6 @@ logger = get_logger(__name__)
 
 #: First pause of a poll for results, doubled up to the caller's interval (seconds).
 _FIRST_POLL = 0.005
-#: What rows are kept for where neither result_expires nor pgbarrier_dedup_expires says (seconds).
-_KEEP = 7 * 86400.0
 #: How long the worker's parent waits for PostgreSQL before it leaves a task to the audit (seconds).
 _PARENT_PATIENCE = 2.0
 _databases: dict[tuple[Any, ...], Database] = {}
@@ -98,10 +97,13 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         return self._database
 
     @property
-    def keep(self) -> float:
-        """Seconds for which finished rows are kept: results readable, late copies recognised."""
+    def keep(self) -> float | None:
+        """Seconds for which finished rows are kept: results readable, late copies recognised.
+
+        None (for ever) where neither ``result_expires`` nor ``pgbarrier_dedup_expires`` is set.
+        """
         expires = self.expires.total_seconds() if self.expires else 0.0
-        return max(expires, self._settings.dedup_expires or 0.0) or _KEEP
+        return max(expires, self._settings.dedup_expires or 0.0) or None
 
     def prepare_expires(self, value: Any, type: Any = None) -> timedelta | None:
         """Return ``result_expires`` as a duration, None for results that do not expire."""
@@ -110,8 +112,10 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
 
     def as_uri(self, include_password: bool = False) -> str:
         """Return the backend's URL, without the password unless asked for."""
-        text = self._database.url.render_as_string(hide_password=not include_password)
-        return f"pgbarrier+{text}"
+        url = self._database.url
+        return "pgbarrier+" + (
+            url.render_as_string(hide_password=False) if include_password else safe_url(url)
+        )
 
     def __reduce__(self, args: Any = (), kwargs: Any = None) -> Any:
         return super().__reduce__(args, {**(kwargs or {}), "url": self.url})
@@ -356,10 +360,15 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         state: str,
         request: Any,
         visible: bool = False,
+        needed: bool = True,
     ) -> None:
-        if task_id not in unit.outcomes:
+        """Record an outcome that Celery does not store; *needed*: a chord wants its value."""
+        if task_id in unit.outcomes:
+            return
+        meta = None
+        if needed:
             meta = self._meta(self.encode_result(result, state), state, None, request)
-            unit.outcomes[task_id] = Outcome(task_id, state, meta, visible)
+        unit.outcomes[task_id] = Outcome(task_id, state, meta, visible)
 
     def _conclude(
         self, task_id: str, request: Any, record: Callable[[], None], result: Any, state: str
@@ -377,7 +386,9 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         with capture.into(unit, outcomes=True):
             record()
             if attempt is not None or _recorded(request):
-                self._hidden(unit, task_id, result, state, request)
+                member = attempt is not None and attempt.barrier_id is not None
+                needed = member or bool(getattr(request, "chord", None))
+                self._hidden(unit, task_id, result, state, request, needed=needed)
         primary = unit.outcomes.pop(task_id, None)
         if primary is None and unit.plain:
             for errback in unit.inline:
@@ -513,6 +524,8 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
             return Loss.UNKNOWN
         if held.state == "done":
             return Loss.FINISHED
+        if held.state == "expected" and held.call == stamp.call and held.seq > stamp.seq:
+            return Loss.ELSEWHERE  # it had replaced itself: the replacement carries it on
         if held.state in ("expected", "untracked"):
             return Loss.UNKNOWN
         if not held.is_of(stamp, lease.boot.current(), pid):
@@ -565,6 +578,11 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         unit.events.append(opened)
 
     def _open_chords(self, unit: Unit) -> None:
+        task = compat.current_task()
+        if task is not None and plain.has_row(task):
+            bodies = [all_ids(opened.body_signature) for opened in unit.barriers]
+            if task.request.id in itertools.chain.from_iterable(bodies):
+                plain.replaced(task)
         barrier.open_chords(self, unit)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
@@ -580,7 +598,10 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
             return
         adder = compat.current_task_id()
         parameters = {"id": result.id, "barrier": chord_id, "adder": adder}
-        if not self._database.count(sql.MEMBER_ADD, parameters, self._settings.dispatch_timeout):
+        patience = self._settings.dispatch_timeout
+        if not self._database.count(sql.MEMBER_ADD, parameters, patience) and (
+            lease.barrier_of(self, result.id, patience) != chord_id
+        ):
             raise DispatchConflict(f"chord {chord_id} is complete or {adder} is no member of it")
 
     def closing_unit(

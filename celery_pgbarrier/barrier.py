@@ -6,6 +6,7 @@ Each step is one transaction; what it records is published after it.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +33,7 @@ from celery_pgbarrier.unit import (
     Outcome,
     Stamp,
     Unit,
+    all_ids,
 )
 
 logger = logging.getLogger(__name__)
@@ -179,9 +181,30 @@ def _rows(unit: Unit) -> list[tasks.Row]:
     return rows
 
 
+def _refuse_reuse(
+    connection: Connection, host: Host, unit: Unit, barrier: Barrier, members: list[str]
+) -> None:
+    """Refuse a chord whose header holds an id twice, or whose body runs for another call."""
+    twice = next((task_id for task_id, n in Counter(members).items() if n > 1), None)
+    if twice is not None:
+        raise DispatchConflict(
+            f"the header of chord {barrier.id} holds task id {twice} twice: clone the signature "
+            "and give the clone an id of its own"
+        )
+    ids = list(dict.fromkeys(all_ids(barrier.body_signature)))
+    parameters = {"ids": ids, "calls": [unit.call_of(task_id) for task_id in ids]}
+    live = connection.execute(host.database.sql[sql.BODY_LIVE], parameters).scalar()
+    if live is not None:
+        raise DispatchConflict(
+            f"task {live} of the body of chord {barrier.id} still runs for an earlier call: "
+            "clone the signature, or wait until it has finished"
+        )
+
+
 def _open(connection: Connection, host: Host, unit: Unit, barrier: Barrier) -> str | None:
     """Open a barrier; return its id where it is complete from the start (no members)."""
     members = unit.members_of(barrier)
+    _refuse_reuse(connection, host, unit, barrier, members)
     opened = tasks.open_barrier(
         connection,
         host.database.sql,
@@ -215,7 +238,9 @@ def write(connection: Connection, host: Host, unit: Unit) -> Committed:
             {"id": addition.task_id, "barrier": addition.barrier, "adder": addition.adder},
         )
     ready = [_write_primary(connection, host, unit)]
-    for _, outcome in sorted(unit.outcomes.items()):
+    for task_id, outcome in sorted(unit.outcomes.items()):
+        # A task of this id that another call is running has nothing to do with this unit.
+        outcome.fence = Fence(stamp=Stamp(unit.call_of(task_id)))
         ready.append(_write_outcome(connection, host, outcome)[1])
     ready += [_open(connection, host, unit, barrier) for barrier in unit.barriers]
     rows = _rows(unit)

@@ -20,7 +20,7 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.compression import compress
 from kombu.serialization import dumps
 
-from celery_pgbarrier import compat
+from celery_pgbarrier import compat, plain
 from celery_pgbarrier.dispatch import Envelope
 from celery_pgbarrier.lease import Attempt
 from celery_pgbarrier.unit import STAMP, Fence, Message, Stamp, Unit
@@ -199,6 +199,8 @@ def install(app: Celery) -> None:
         unit = unit_for(message.headers.get("id"))
         if unit is not None:
             producer = CapturingProducer(app, producer, unit)
+        else:
+            plain.sends_itself(message.headers.get("id"), message.headers)
         return sender(producer, name, message, **options)
 
     send_task_message._pgbarrier = True  # type: ignore[attr-defined]

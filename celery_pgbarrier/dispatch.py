@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from celery import Celery
@@ -52,6 +52,11 @@ class Envelope:
         """Read what :meth:`encode` wrote."""
         head, _, body = bytes(message).partition(b"\n")
         return cls(body=body, **loads(head.decode()))
+
+    def copied(self, publications: int) -> Envelope:
+        """Return the envelope with its stamp telling which publication of the message it is."""
+        stamp = {**self.headers.get("pgb", {}), "copy": publications}
+        return replace(self, headers={**self.headers, "pgb": stamp})
 
     def request(self) -> dict[str, Any]:
         """Return the fields of the task request that a worker would make of the message."""

@@ -41,6 +41,7 @@ class Boot:
         self.id = ""
         self.name = ""
         self.state = "running"
+        self.cancelled: set[str] = set()
         self._pid = 0
 
     def begin(self, name: str) -> None:
@@ -139,6 +140,7 @@ def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
         "id": request.task_id,
         "call": stamp.call,
         "seq": stamp.seq,
+        "copy": stamp.copy,
         "recorded": stamp.recorded,
         "token": token,
         "worker": me.worker,
@@ -167,7 +169,7 @@ def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
             sql.INSPECT, {"id": request.task_id, "worker": me.worker}, patience
         )[0]
         if not seen.registered:
-            beat(host)
+            beat(host, patience=patience)
             continue
         return _why(seen.state, seen.call, seen.seq, stamp), None
 
@@ -185,10 +187,10 @@ def _why(state: str | None, call: str | None, seq: int | None, stamp: Stamp) -> 
 # -- the lease
 
 
-def beat(host: Host, state: str = "running") -> None:
+def beat(host: Host, state: str = "running", patience: float = 0.0) -> None:
     """Renew this worker's lease (registers it where it is unknown)."""
     parameters = {"id": boot.current(), "name": boot.name, "state": state}
-    host.database.count(sql.WORKER_BEAT, parameters, host.settings.heartbeat / 2)
+    host.database.count(sql.WORKER_BEAT, parameters, patience)
 
 
 def stopped(host: Host) -> None:
@@ -224,7 +226,7 @@ class Held:
     def is_of(self, stamp: Stamp, worker: str, pid: int | None) -> bool:
         """Tell whether the row is that of a message in hand: held by its process, or unclaimed."""
         if self.state == "running":
-            return self.worker == worker and (pid is None or self.pid == pid)
+            return self.worker == worker and self.pid == pid
         return (self.call, self.seq) == (stamp.call, stamp.seq)
 
 
@@ -273,11 +275,20 @@ def inspect(host: Host, task_id: str, patience: float) -> Held | None:
     return Held(task_id, seen.state, seen.token, seen.worker, seen.pid, seen.call, seen.seq)
 
 
+def barrier_of(host: Host, task_id: str, patience: float) -> str | None:
+    """Return the barrier that a task is a member of."""
+    parameters = {"id": task_id, "worker": boot.current()}
+    barrier_id: str | None = host.database.statement(sql.INSPECT, parameters, patience)[
+        0
+    ].barrier_id
+    return barrier_id
+
+
 def publish_recorded(host: Host, task_id: str) -> None:
     """Publish a queued task's recorded message now."""
     rows = host.database.statement(sql.MESSAGE, {"id": task_id}, 1.0)
     if rows and rows[0].message is not None:
-        envelope = Envelope.decode(rows[0].message)
+        envelope = Envelope.decode(rows[0].message).copied(rows[0].publications)
         mark_published(host, publish(host.app, [(task_id, envelope)]))
 
 

@@ -65,7 +65,7 @@ def run_once(host: Failing) -> Counts:
     _release_claims(host, counts)
     _release_barriers(host, counts)
     _publish_due(host, counts)
-    counts.rows_purged += purge(host, batches=1)
+    counts.rows_purged += purge(host, batches=_MOST_BATCHES)
     if counts.total:
         logger.info("Reaped: %s", counts)
     return counts
@@ -182,7 +182,9 @@ def _publish_due(host: Failing, counts: Counts) -> None:
         found = host.database.transaction(work)
         if taken:
             faults.point("reap.advanced")
-            envelopes = [(row.id, Envelope.decode(row.message)) for row in taken]
+            envelopes = [
+                (row.id, Envelope.decode(row.message).copied(row.publications)) for row in taken
+            ]
             published = publish(host.app, envelopes)
             counts.messages_published += len(published)
             if len(published) < len(taken):

@@ -46,6 +46,12 @@ class BarrierRequest(Request):  # type: ignore[misc]
         with self._fenced():
             super().terminate(pool, signal)
 
+    def cancel(self, pool: Any, signal: Any = None, **options: Any) -> None:
+        """End the run of a task whose broker connection was lost: no crash of the task."""
+        lease.boot.cancelled.add(self.id)
+        with self._fenced():
+            super().cancel(pool, signal, **options)
+
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Store a hard time limit, unless an outcome stands."""
         with self._fenced():

@@ -52,8 +52,13 @@ class Option:
         return value
 
     def _kind_text(self) -> str:
-        names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string",
-                 dict: "a dict"}
+        names = {
+            int: "a whole number",
+            float: "a number",
+            bool: "True or False",
+            str: "a string",
+            dict: "a dict",
+        }
         return names[self.kind] + (f" ({self.unit})" if self.unit else "")
 
     def _error(self, value: Any, rule: str) -> ConfigurationError:

@@ -44,10 +44,12 @@ class BarrierTask(Task):  # type: ignore[misc]
     def __init_subclass__(cls, **options: Any) -> None:
         """Make a subclass's own ``before_start`` and ``__call__`` run under the claim."""
         super().__init_subclass__(**options)
-        if "before_start" in cls.__dict__:
-            cls.before_start = _claimed_first(cls.__dict__["before_start"])  # type: ignore[method-assign]
-        if "__call__" in cls.__dict__:
-            cls.__call__ = _as_attempt(cls.__dict__["__call__"])  # type: ignore[method-assign]
+        for name, wrap in (("before_start", _claimed_first), ("__call__", _as_attempt)):
+            method = getattr(cls, name)  # its own, or that of a mixin beside BarrierTask
+            if method is not getattr(BarrierTask, name) and not hasattr(method, "_pgbarrier"):
+                wrapped = wrap(method)
+                wrapped._pgbarrier = True  # type: ignore[attr-defined]
+                setattr(cls, name, wrapped)
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Claim the task; Celery calls this before its body."""

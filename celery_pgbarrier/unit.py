@@ -29,8 +29,8 @@ class Host(Protocol):
     def settings(self) -> Settings: ...
 
     @property
-    def keep(self) -> float:
-        """Seconds for which finished rows are kept."""
+    def keep(self) -> float | None:
+        """Seconds for which finished rows are kept, None for ever."""
         ...
 
 
@@ -39,15 +39,23 @@ class Stamp:
     """Which call, and which retry or replacement of it, a message belongs to.
 
     ``recorded`` tells that the message has a row: without one, the row was finished and purged.
+    ``copy`` counts the publications of the same message.
     """
 
     call: str
     seq: int = 0
     recorded: bool = False
+    copy: int = 0
 
     def header(self, task_id: str) -> dict[str, Any]:
         """Return the stamp as it stands in the header of the task's message."""
-        return {"id": task_id, "call": self.call, "seq": self.seq, "rec": self.recorded}
+        return {
+            "id": task_id,
+            "call": self.call,
+            "seq": self.seq,
+            "rec": self.recorded,
+            "copy": self.copy,
+        }
 
     @classmethod
     def of(cls, task_id: str, header: Mapping[str, Any] | None) -> Stamp:
@@ -58,7 +66,12 @@ class Stamp:
         """
         if not header or header.get("id") != task_id:
             return cls(str(uuid.uuid5(uuid.NAMESPACE_OID, task_id)))
-        return cls(str(header["call"]), int(header["seq"]), bool(header["rec"]))
+        return cls(
+            str(header["call"]),
+            int(header["seq"]),
+            bool(header["rec"]),
+            int(header.get("copy", 0)),
+        )
 
 
 @dataclass(frozen=True)

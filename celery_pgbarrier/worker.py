@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery, bootsteps
-from celery.signals import task_prerun, task_retry, worker_init, worker_shutdown
+from celery.signals import worker_init, worker_shutdown
 from celery.worker import state as worker_state
 
 from celery_pgbarrier import lease, reaper
 from celery_pgbarrier.store import sql
-from celery_pgbarrier.unit import STAMP
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ class Keeper:
     def start(self) -> None:
         """Start the threads."""
         self._spawn("heartbeat", self._keep_lease)
+        self._spawn("audit", self._keep_auditing)
         if self._backend.settings.reap_in_worker:
             self._spawn("reaper", self._keep_reaping)
 
@@ -61,17 +61,26 @@ class Keeper:
         self._threads.append(thread)
 
     def _keep_lease(self) -> None:
+        """Beat and do nothing else: nothing that waits for the broker may delay a beat."""
         host = self._backend.private()
-        idle: dict[str, int] = {}
         while True:
             try:
-                lease.beat(host, self._state)
-                idle = audit(host, idle)
+                lease.beat(host, self._state, host.settings.heartbeat / 2)
             except Exception as error:
                 logger.warning("Heartbeat missed: %s", error)
             if self._stop.wait(host.settings.heartbeat):
                 host.database.dispose()
                 return
+
+    def _keep_auditing(self) -> None:
+        host = self._backend.private()
+        idle: dict[str, int] = {}
+        while not self._stop.wait(host.settings.heartbeat):
+            try:
+                idle = audit(host, idle)
+            except Exception as error:
+                logger.warning("Audit missed: %s", error)
+        host.database.dispose()
 
     def _keep_reaping(self) -> None:
         host = self._backend.private()
@@ -106,7 +115,9 @@ def audit(host: Any, idle: dict[str, int]) -> dict[str, int]:
         seen[key] = idle.get(key, 0) + 1
         if seen[key] >= _LOOKS:
             logger.warning("Task %s is claimed but not running, it is settled", claim.id)
-            crash = not _alive(claim.pid) and lease.boot.state == "running"
+            cancelled = claim.id in lease.boot.cancelled or lease.boot.state != "running"
+            lease.boot.cancelled.discard(claim.id)
+            crash = not (cancelled or _alive(claim.pid))
             reaper.settle_claim(host, claim, crash, reaper.Counts())
             del seen[key]
     return seen
@@ -179,42 +190,4 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
         sender.app.backend  # noqa: B018
 
 
-# -- plain tasks: tasks that are no BarrierTask, but are members or were recorded
-
-
-def _plain(task: Any) -> bool:
-    request = task.request
-    if getattr(task, "pgbarrier_claims", False) or request.called_directly or request.is_eager:
-        return False
-    recorded = bool((getattr(request, STAMP, None) or {}).get("rec"))
-    return (recorded or bool(request.chord)) and hasattr(task.backend, "process_lost")
-
-
-def _on_prerun(task_id: str = "", task: Any = None, **_: Any) -> None:
-    """Record a plain task's start: from here on its message is not published again."""
-    if not _plain(task):
-        return
-    me = lease.holder()
-    parameters = {
-        "id": task_id,
-        "worker": me.worker,
-        "pid": me.pid,
-        "thread": me.thread,
-        "rerun": bool(task.acks_late),
-    }
-    backend = task.backend
-    backend.database.count(sql.PLAIN_STARTED, parameters, backend.settings.outcome_timeout)
-
-
-def _on_retry(sender: Any = None, request: Any = None, **_: Any) -> None:
-    """A plain task's retry ends its run without an outcome."""
-    if sender is not None and request is not None and _plain(sender):
-        backend = sender.backend
-        backend.database.count(
-            sql.PLAIN_RETRIED, {"id": request.id}, backend.settings.outcome_timeout
-        )
-
-
 worker_init.connect(_on_worker_init, weak=False)
-task_prerun.connect(_on_prerun, weak=False)
-task_retry.connect(_on_retry, weak=False)

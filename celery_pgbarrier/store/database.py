@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +31,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DRIVERS = ("psycopg2", "psycopg")
+#: A connection that has gone silent is given up: libpq's parameters, in seconds but for the last,
+#: which is in milliseconds (PostgreSQL manual, 34.1.2).
+_SILENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15000,
+}
 #: SQLSTATE classes and codes that pass (PostgreSQL manual, appendix A).
 _TRANSIENT_CLASSES = ("08", "53")
 _TRANSIENT_CODES = {
@@ -46,6 +56,13 @@ _TRANSIENT_CODES = {
 }
 _SCHEMA_CODES = {"42P01", "42703", "3F000"}  # undefined table, column, invalid schema
 _DENIED = "42501"  # insufficient_privilege
+#: Codes with which a server or a pooler ends a connection, perhaps after it took a COMMIT.
+_CUT_OFF = {"57P01", "57P02"}
+#: What a refused login says; drivers give it no code.
+_REFUSED = re.compile(
+    r"password authentication failed|no password supplied|no pg_hba.conf entry"
+    r'|(role|user|database) "[^"]*" does not exist'
+)
 
 
 def parse_url(url: str) -> URL:
@@ -57,7 +74,7 @@ def parse_url(url: str) -> URL:
     """
     try:
         parsed = make_url(url.replace("pgbarrier://", "postgresql+psycopg2://", 1))
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ConfigurationError(
             "the result backend is not a URL: use pgbarrier://user:password@host:port/database"
         ) from None
@@ -75,6 +92,20 @@ def parse_url(url: str) -> URL:
     return parsed.set(drivername=f"postgresql+{driver or 'psycopg2'}")
 
 
+def safe_url(url: URL) -> str:
+    """Return a URL as text without its password, wherever in it the password stands."""
+    query = {key: "***" if "pass" in key.lower() else value for key, value in url.query.items()}
+    return url.set(query=query).render_as_string(hide_password=True)
+
+
+def _cut_off(error: Exception) -> bool:
+    """Tell whether the connection ended with a statement or COMMIT under way."""
+    if not isinstance(error, DBAPIError):
+        return False
+    code = sqlstate(error)
+    return code is None or code[:2] == "08" or code in _CUT_OFF
+
+
 def sqlstate(error: DBAPIError) -> str | None:
     """Return the SQLSTATE of a driver's error, None where the server sent none."""
     return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
@@ -87,6 +118,8 @@ def is_transient(error: Exception) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     code = sqlstate(error)
+    if _REFUSED.search(_first(error)):
+        return False
     if code is not None:
         return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_CODES
     return error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
@@ -134,10 +167,12 @@ class Database:
         options = dict(self.engine_options)
         if "poolclass" not in options:
             options = {"pool_size": 5, "max_overflow": 10, "pool_recycle": 3600, **options}
+        arguments = {**_SILENCE, **(options.get("connect_args") or {})}
         if self.url.get_driver_name() == "psycopg":
-            arguments = dict(options.get("connect_args") or {})
             arguments.setdefault("prepare_threshold", None)  # PgBouncer in transaction mode
-            options["connect_args"] = arguments
+        options["connect_args"] = {
+            key: value for key, value in arguments.items() if key not in self.url.query
+        }
         try:
             return sa.create_engine(self.url, **options)
         except ModuleNotFoundError as error:
@@ -228,18 +263,14 @@ class Database:
             except Exception as error:
                 if not is_transient(error):
                     raise self._explained(error) from error
-                ambiguous = ambiguous or (
-                    reached and isinstance(error, DBAPIError) and sqlstate(error) is None
-                )
+                ambiguous = ambiguous or (reached and _cut_off(error))
                 left = deadline - time.monotonic()
                 if stale and isinstance(error, DBAPIError) and error.connection_invalidated:
                     stale = False  # a pooled connection from before a restart: try a new one
                     continue
                 if left <= 0:
                     kind = DatabaseRetryLater if ambiguous else DatabaseUnavailable
-                    raise kind(
-                        f"{self.url.render_as_string(hide_password=True)} is away: {_first(error)}"
-                    ) from error
+                    raise kind(f"{safe_url(self.url)} is away: {_first(error)}") from error
                 logger.warning("PostgreSQL is away, trying again: %s", _first(error))
                 time.sleep(min(left, pause * (0.5 + random.random())))
                 pause = min(pause * 2, 2.0)
@@ -248,6 +279,11 @@ class Database:
         if not isinstance(error, DBAPIError):
             return error
         code = sqlstate(error)
+        if _REFUSED.search(_first(error)):
+            return ConfigurationError(
+                f"{safe_url(self.url)} refuses the login ({_first(error)}): "
+                "mend the user, password or database in result_backend"
+            )
         if code in _SCHEMA_CODES:
             return SchemaError(f"{_first(error)}: {versions.MIGRATE}")
         if code == _DENIED:

@@ -30,7 +30,7 @@ _DONE = """
     result = CAST(:result AS bytea), token = NULL, last_token = CAST(:write_token AS uuid),
     worker = NULL, message = NULL, due_at = NULL, done_at = clock_timestamp(),
     expires_at = CASE WHEN t.barrier_id IS NULL
-                      THEN clock_timestamp() + make_interval(secs => :expires) END
+                      THEN clock_timestamp() + make_interval(secs => CAST(:expires AS float8)) END
 """
 
 #: The outcome of a claimed attempt: accepted only under its token, or where a crash of the server
@@ -57,18 +57,19 @@ WITH done AS (
     SELECT :id, CAST(:call AS uuid), 'done',
            CASE WHEN CAST(:visible AS boolean) THEN :status ELSE 'PENDING' END,
            CAST(:result AS bytea), CAST(:write_token AS uuid), clock_timestamp(),
-           clock_timestamp() + make_interval(secs => :expires)
+           clock_timestamp() + make_interval(secs => CAST(:expires AS float8))
      WHERE CAST(:may_insert AS boolean)
         OR EXISTS (SELECT 1 FROM {s}pgbarrier_task WHERE id = :id)
     ON CONFLICT (id) DO UPDATE SET """
     + _DONE
     + """
      WHERE (t.state <> 'done' AND t.token IS NULL
-            AND (CAST(:call AS uuid) IS NULL OR t.call IS NULL OR t.state = 'expected'
+            AND (CAST(:call AS uuid) IS NULL OR t.call IS NULL
+                 OR (t.state = 'expected' AND (t.call <> CAST(:call AS uuid) OR t.seq <= :seq))
                  OR (t.call = CAST(:call AS uuid) AND t.seq = :seq)))
         OR (t.state = 'running' AND t.worker = CAST(:worker AS uuid) AND t.pid = :pid)
         OR (t.state = 'done' AND t.barrier_id IS NULL AND CAST(:worker AS uuid) IS NULL
-            AND t.status <> 'SUCCESS')
+            AND t.attempt = 0 AND t.status <> 'SUCCESS')
     RETURNING t.barrier_id, t.slot
 )"""
     + _COUNT
@@ -88,6 +89,7 @@ _CLAIMED = """
     attempt = CASE WHEN t.state = 'done' THEN 1
                    WHEN t.token = CAST(:token AS uuid) THEN t.attempt ELSE t.attempt + 1 END,
     crashes = CASE WHEN t.state = 'done' THEN 0 ELSE t.crashes END,
+    published_at = CASE WHEN t.publications = :copy THEN t.published_at END,
     barrier_id = CASE WHEN t.state = 'done' THEN NULL ELSE t.barrier_id END,
     expires_at = NULL,
     result = CASE WHEN t.state = 'done' OR CAST(:status AS text) IS NOT NULL
@@ -100,7 +102,8 @@ _CLAIMED = """
 #: message, its own grant again (the answer was lost), a finished row by a new call only.
 _CLAIMABLE = """
        (t.state = 'queued' AND t.call = CAST(:call AS uuid) AND t.seq = :seq)
-    OR (t.state = 'expected' AND NOT CAST(:recorded AS boolean))
+    OR (t.state = 'expected' AND NOT CAST(:recorded AS boolean)
+        AND (t.call IS DISTINCT FROM CAST(:call AS uuid) OR t.seq <= :seq))
     OR (t.state = 'running' AND (t.token = CAST(:token AS uuid)
         OR (t.worker = CAST(:worker AS uuid) AND t.pid = :pid AND t.thread = :thread
             AND t.call = CAST(:call AS uuid) AND t.seq = :seq)))
@@ -110,11 +113,11 @@ _CLAIMABLE = """
                         AND b.state IN ('waiting', 'ready')))
 """
 
-#: A first grant may be lost in a crash of the server (the task runs again under another token);
-#: a grant after a hand-over may not.
+#: A first grant may be lost in a crash of the server: the row is queued again, or was made by the
+#: claim and is gone, and both are recognised.  Any other grant is flushed.
 _GRANTED = """
 SELECT attempt, crashes, barrier_id,
-       set_config('synchronous_commit', CASE WHEN attempt = 1 THEN 'off'
+       set_config('synchronous_commit', CASE WHEN attempt = 1 AND fresh THEN 'off'
                   ELSE current_setting('synchronous_commit') END, true)
   FROM granted
 """
@@ -129,7 +132,7 @@ CLAIM_RECORDED = (
      AND ("""
     + _CLAIMABLE
     + """)
-    RETURNING t.attempt, t.crashes, t.barrier_id)"""
+    RETURNING t.attempt, t.crashes, t.barrier_id, true AS fresh)"""
     + _GRANTED
 )
 
@@ -152,7 +155,7 @@ WITH granted AS (
      WHERE """
     + _CLAIMABLE
     + """
-    RETURNING t.attempt, t.crashes, t.barrier_id
+    RETURNING t.attempt, t.crashes, t.barrier_id, t.xmax = 0 AS fresh
 )"""
     + _GRANTED
 )
@@ -175,10 +178,23 @@ UPDATE {s}pgbarrier_task
  WHERE id = :id AND state IN ('queued', 'expected') AND token IS NULL
 """
 
-#: A plain task's retry: the run ends, its next message is not ours.
+#: A plain task's retry: the run ends; should its next message, which is not recorded, be lost, the
+#: recorded one is published again.
 PLAIN_RETRIED = """
-UPDATE {s}pgbarrier_task SET state = 'queued', worker = NULL
+UPDATE {s}pgbarrier_task
+   SET state = 'queued', worker = NULL, publications = publications + 1,
+       due_at = GREATEST(clock_timestamp(), CAST(:eta AS timestamptz))
+                + make_interval(secs => :after)
+ WHERE id = :id AND state = 'running' AND token IS NULL AND message IS NOT NULL
+   AND worker = CAST(:worker AS uuid) AND pid = :pid AND thread = :thread
+"""
+
+#: A plain task that replaced itself: its id waits for another message.
+PLAIN_REPLACED = """
+UPDATE {s}pgbarrier_task
+   SET state = 'expected', worker = NULL, message = NULL, seq = seq + 1
  WHERE id = :id AND state = 'running' AND token IS NULL
+   AND worker = CAST(:worker AS uuid) AND pid = :pid AND thread = :thread
 """
 
 #: A state that is no outcome, written by the holder of the claim.
@@ -187,17 +203,14 @@ UPDATE {s}pgbarrier_task SET status = :status, result = CAST(:result AS bytea)
  WHERE id = :id AND state = 'running' AND token = CAST(:token AS uuid)
 """
 
-#: A state that is no outcome, written without a claim; a RETRY ends a plain task's run.
+#: A state that is no outcome, written without a claim.
 STATUS_PLAIN = """
 INSERT INTO {s}pgbarrier_task AS t (id, state, status, result, expires_at)
 VALUES (:id, 'untracked', :status, CAST(:result AS bytea),
-        clock_timestamp() + make_interval(secs => :expires))
-ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status, result = EXCLUDED.result,
-    state = CASE WHEN t.state = 'running' AND EXCLUDED.status = 'RETRY' THEN 'queued'
-                 ELSE t.state END,
-    worker = CASE WHEN EXCLUDED.status = 'RETRY' THEN NULL ELSE t.worker END
+        clock_timestamp() + make_interval(secs => CAST(:expires AS float8)))
+ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status, result = EXCLUDED.result
  WHERE (t.state <> 'done' AND t.token IS NULL)
-    OR (t.state = 'done' AND t.barrier_id IS NULL AND t.status <> 'SUCCESS')
+    OR (t.state = 'done' AND t.barrier_id IS NULL AND t.attempt = 0 AND t.status <> 'SUCCESS')
 """
 
 #: A retry or replace: the row goes on to its next message, the claim ends.
@@ -224,7 +237,8 @@ UPDATE {s}pgbarrier_task
 RELEASE = """
 UPDATE {s}pgbarrier_task
    SET state = 'queued', token = NULL, worker = NULL, crashes = crashes + :crash,
-       due_at = clock_timestamp() + make_interval(secs => :grace), published_at = NULL
+       due_at = clock_timestamp() + make_interval(secs => :grace), published_at = NULL,
+       publications = publications + 1
  WHERE id = :id AND state = :state AND token IS NOT DISTINCT FROM CAST(:token AS uuid)
    AND crashes + :crash < :max_crashes AND message IS NOT NULL
 RETURNING crashes
@@ -235,14 +249,14 @@ ABANDON = """
 UPDATE {s}pgbarrier_task
    SET state = 'done', token = NULL, last_token = CAST(:token AS uuid), worker = NULL,
        message = NULL, due_at = NULL, done_at = clock_timestamp(),
-       expires_at = clock_timestamp() + make_interval(secs => :expires)
+       expires_at = clock_timestamp() + make_interval(secs => CAST(:expires AS float8))
  WHERE id = :id AND state = 'running' AND token = CAST(:token AS uuid)
 """
 
 #: What a worker holds (at most its concurrency, for a healthy one).
 CLAIMS_OF = """
 SELECT id, CAST(token AS text) AS token, CAST(worker AS text) AS worker, pid, rerun, name
-  FROM {s}pgbarrier_task WHERE worker = CAST(:worker AS uuid) LIMIT :limit
+  FROM {s}pgbarrier_task WHERE worker = CAST(:worker AS uuid) ORDER BY started_at LIMIT :limit
 """
 
 #: Results of finished or reporting tasks.
@@ -262,7 +276,7 @@ UPDATE {s}pgbarrier_task AS t
 
 GROUP_SAVE = """
 INSERT INTO {s}pgbarrier_group (id, result, expires_at)
-VALUES (:id, :result, clock_timestamp() + make_interval(secs => :expires))
+VALUES (:id, :result, clock_timestamp() + make_interval(secs => CAST(:expires AS float8)))
 ON CONFLICT (id) DO UPDATE SET result = EXCLUDED.result, expires_at = EXCLUDED.expires_at
 """
 
@@ -324,18 +338,31 @@ ON CONFLICT (id) DO UPDATE SET
                           CASE WHEN t.state = 'expected' THEN t.barrier_id END),
     slot = COALESCE(EXCLUDED.slot, CASE WHEN t.state = 'expected' THEN t.slot END),
     position = COALESCE(EXCLUDED.position, CASE WHEN t.state = 'expected' THEN t.position END)
- WHERE (t.state = 'expected' AND EXCLUDED.message IS NOT NULL)
+ WHERE (t.state = 'expected' AND EXCLUDED.message IS NOT NULL
+        AND (t.barrier_id IS NULL OR EXCLUDED.barrier_id IS NULL
+             OR t.barrier_id = EXCLUDED.barrier_id))
     OR (t.state IN ('done', 'untracked') AND t.call IS DISTINCT FROM EXCLUDED.call
         AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_barrier b WHERE b.id = t.barrier_id
                         AND b.state IN ('waiting', 'ready')))
 RETURNING t.id
 """
 
-#: Which of these ids belong to another call (an id that is used while its first run goes on).
+#: Which of these ids belong to another call or barrier (an id that is used while its first run
+#: goes on).
 TASKS_FOREIGN = """
 SELECT t.id FROM {s}pgbarrier_task t
+  JOIN unnest(CAST(:ids AS text[]), CAST(:calls AS text[]), CAST(:barriers AS text[]))
+       AS x (id, call, barrier_id) ON x.id = t.id
+ WHERE (t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state <> 'expected')
+    OR (t.state = 'expected' AND t.barrier_id <> x.barrier_id)
+ LIMIT 1
+"""
+
+#: A task of a chord's body that is being run for another call.
+BODY_LIVE = """
+SELECT t.id FROM {s}pgbarrier_task t
   JOIN unnest(CAST(:ids AS text[]), CAST(:calls AS text[])) AS x (id, call) ON x.id = t.id
- WHERE t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state <> 'expected' LIMIT 1
+ WHERE t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state IN ('queued', 'running') LIMIT 1
 """
 
 #: One more member, in the slot of the member that adds it (never empty while that one runs).
@@ -376,7 +403,7 @@ SELECT id, result FROM {s}pgbarrier_task
 BARRIER_CLOSE = """
 UPDATE {s}pgbarrier_barrier
    SET state = :state, closed_at = clock_timestamp(),
-       expires_at = clock_timestamp() + make_interval(secs => :expires)
+       expires_at = clock_timestamp() + make_interval(secs => CAST(:expires AS float8))
  WHERE id = :id
 """
 
@@ -423,7 +450,7 @@ SELECT t.id, CAST(t.token AS text) AS token, CAST(t.worker AS text) AS worker, t
        t.name, COALESCE(w.state, 'dead') AS holder
   FROM {s}pgbarrier_task t LEFT JOIN {s}pgbarrier_worker w ON w.id = t.worker
  WHERE t.worker IS NOT NULL AND (w.id IS NULL OR w.state IN ('dead', 'stopped'))
- LIMIT :limit
+ ORDER BY random() LIMIT :limit
 """
 
 #: Workers that are gone, hold nothing and have been gone for long.
@@ -443,7 +470,8 @@ SELECT id, queue, published_at, publications, EXTRACT(epoch FROM clock_timestamp
  ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED
 """
 
-#: How far each queue has got: the youngest message that is being run, or that was a probe and has
+#: How far each queue has got: the youngest message that is being run (a claim through an old copy
+#: of a message that was published again has no time of publication), or that was a probe and has
 #: been claimed since.  A probe keeps its first publication's time, because it may be its first copy
 #: that was claimed.
 QUEUES_MOVED = """
@@ -481,7 +509,7 @@ UPDATE {s}pgbarrier_task AS t
                 + make_interval(secs => :after * power(2, LEAST(t.publications, 12)))
   FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
  WHERE t.id = x.id
-RETURNING t.id, t.message, x.place
+RETURNING t.id, t.message, t.publications, x.place
 """
 
 #: Look at messages again later (their queue is a backlog, or the broker is away).
@@ -491,7 +519,7 @@ UPDATE {s}pgbarrier_task SET due_at = clock_timestamp() + make_interval(secs => 
  WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued'
 """
 
-MESSAGE = "SELECT message FROM {s}pgbarrier_task WHERE id = :id AND state = 'queued'"
+MESSAGE = "SELECT message, publications FROM {s}pgbarrier_task WHERE id = :id AND state = 'queued'"
 
 #: One pass an interval, whichever worker comes first.
 REAPER_TURN = """

@@ -58,7 +58,7 @@ def record(
         taken = connection.execute(statements[sql.TASKS_RECORD], columns).scalars().all()
         if len(taken) == len(chunk):
             continue
-        ids = {"ids": columns["ids"], "calls": columns["calls"]}
+        ids = {key: columns[key] for key in ("ids", "calls", "barriers")}
         foreign: str | None = connection.execute(statements[sql.TASKS_FOREIGN], ids).scalar()
         if foreign is not None:
             return foreign

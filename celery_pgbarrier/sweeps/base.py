@@ -20,7 +20,7 @@ from celery_pgbarrier.store.sweeps import Waits
 from celery_pgbarrier.sweeps import advice, hosts, options, progress, registry, shutdown
 from celery_pgbarrier.sweeps.batches import Pick
 from celery_pgbarrier.sweeps.counts import Counts, Stop
-from celery_pgbarrier.sweeps.engine import Limits
+from celery_pgbarrier.sweeps.engine import Batch, Limits, run_batches
 from celery_pgbarrier.sweeps.hosts import EngineSource
 from celery_pgbarrier.sweeps.options import Options, OptionValues
 from celery_pgbarrier.sweeps.tables import Column, Key, Table, Target
@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 TASK_PREFIX = "celery_pgbarrier.sweep."
 #: Up to which number what is left is counted: exactly, a count would be an unbounded statement.
 _COUNTED = 10_000
-#: The same for a dry run.
+#: How often trouble that passes is tried again, with pauses of 0.2 s to 5 s.
+_RETRIES = 5
+#: As _COUNTED, for a dry run.
 _COUNTED_DRY = 1_000_000
 
 
@@ -50,7 +52,8 @@ class Run:
         report: Callable[[Counts], None],
     ) -> None:
         self.turn, self.options, self.app = turn, options, app
-        self.stop, self.report = stop, report
+        self.stop, self._report = stop, report
+        self._begun = time.monotonic()
         self.now = datetime.now(timezone.utc)
         self.counts = Counts()
         self.failed: list[Key] = []
@@ -61,24 +64,34 @@ class Run:
         with self.turn.batch() as connection:
             yield connection
 
+    def report(self, counts: Counts) -> None:
+        """Tell how far the run is."""
+        counts.seconds = self.seconds
+        self._report(counts)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has been going on."""
+        return time.monotonic() - self._begun
+
     def fail(self, key: Key, error: BaseException) -> None:
         """Report a row that could not be handled; it is not tried again in this run."""
         logger.error("Row %s could not be handled and is left: %r", key, error)
         self.failed.append(key)
         self.counts.fail(key, error)
 
-    @property
-    def limits(self) -> Limits:
-        """How far the run goes."""
+    def repeat(self, step: Callable[[int], Batch]) -> None:
+        """Do batches until there is nothing left or an option ends the run."""
         given = self.options
-        return Limits(
+        limits = Limits(
             batch_size=given.batch_size,
             max_batches=given.max_batches,
             max_seconds=given.max_seconds,
             max_failed=given.max_failed,
             pause=given.pause,
-            retries=5,
+            retries=_RETRIES,
         )
+        run_batches(step, limits, self.counts, self.stop, self.report, self._begun)
 
 
 class Sweep(ABC):
@@ -167,17 +180,15 @@ class Sweep(ABC):
             logger.info("Sweep %s is disabled", self.name)
             return Counts(stopped=Stop.DISABLED)
         run = self._begin(engine, app, chosen, stop, report)
-        begun = time.monotonic()
         try:
             moment = run.turn.take()
         except TurnTaken as error:
             logger.info("%s", error)
             return Counts(stopped=error.stop)
-        run.now = _utc(now or moment)
         try:
+            run.now = _utc(now or moment)
             self._in_turn(run)
         finally:
-            run.counts.seconds = time.monotonic() - begun
             _give(run)
         logger.info("Sweep %s: %s", self.name, run.counts)
         return run.counts
@@ -264,6 +275,8 @@ class Sweep(ABC):
         self._app = app
         if engine is not None:
             self._engines = hosts.Engines(engine)
+        if self.task_name in app._tasks:
+            return app._tasks[self.task_name]
 
         def sweep(task: Task, **overrides: Any) -> dict[str, Any]:
             """Run the sweep; keyword arguments are options for this run."""
@@ -301,6 +314,7 @@ class Sweep(ABC):
 
 
 def _give(run: Run) -> None:
+    run.counts.seconds = run.seconds
     try:
         run.turn.give(run.counts)
     except SQLAlchemyError as error:

@@ -32,7 +32,7 @@ class Limits:
     Parameters:
         batch_size: rows per batch, halved after a lock or statement timeout.
         max_batches: batches per run; None for all there is.
-        max_seconds: no batch begins later than so many seconds after the first.
+        max_seconds: no batch begins later than so many seconds after the beginning.
         max_failed: the run ends once so many rows have failed.
         pause: seconds between two batches.
         retries: how often trouble that passes (a lost connection, a deadlock) is tried again.
@@ -84,6 +84,7 @@ def run_batches(
     counts: Counts,
     stop: Callable[[], bool] = lambda: False,
     report: Callable[[Counts], None] = lambda counts: None,
+    begun: float | None = None,
 ) -> None:
     """Call *step* with a batch size until there is nothing left or a limit is reached.
 
@@ -94,11 +95,13 @@ def run_batches(
         counts: added to; ``stopped`` tells which limit ended the loop.
         stop: asked before each batch; true ends the loop.
         report: called after each batch.
+        begun: when ``max_seconds`` began to count (:func:`time.monotonic`); now, by default.
 
     Raises:
         Exception: what a step raised, other than trouble that passes and timeouts.
     """
-    size, begun, done = BatchSize(limits.batch_size), time.monotonic(), 0
+    size, done = BatchSize(limits.batch_size), 0
+    begun = time.monotonic() if begun is None else begun
     while True:
         counts.stopped = _reached(limits, counts, done, begun, stop)
         if counts.stopped:

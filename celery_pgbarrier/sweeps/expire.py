@@ -11,7 +11,6 @@ import sqlalchemy as sa
 
 from celery_pgbarrier.sweeps.base import Run, Sweep
 from celery_pgbarrier.sweeps.batches import Pick, Update
-from celery_pgbarrier.sweeps.engine import run_batches
 from celery_pgbarrier.sweeps.hosts import EngineSource
 from celery_pgbarrier.sweeps.steps import statement_batch
 from celery_pgbarrier.sweeps.tables import Column, Condition, Table
@@ -69,4 +68,4 @@ class Expire(Sweep):
         step = partial(
             statement_batch, run, self.picks(run.now)[""], Update(self._values.at(run.now))
         )
-        run_batches(step, run.limits, run.counts, run.stop, run.report)
+        run.repeat(step)

@@ -32,7 +32,7 @@ class Engines:
         """Return the engine of a run: the given one, the declared one, or the result backend's.
 
         Raises:
-            ConfigurationError: there is none, or it is not one of PostgreSQL.
+            ConfigurationError: there is none, or it is not a synchronous one of PostgreSQL.
         """
         found = engine or self._own() or _of_backend(app)
         if found is None:
@@ -40,6 +40,8 @@ class Engines:
                 f"sweep {name} has no engine: call run(engine), or declare it with engine=..., or "
                 "set result_backend to pgbarrier://user:password@host:port/database"
             )
+        if not isinstance(found, Engine):
+            raise ConfigurationError(f"sweep {name} needs a synchronous Engine, not {found!r}")
         if found.dialect.name != "postgresql":
             raise ConfigurationError(f"sweep {name} needs PostgreSQL, not {found.dialect.name}")
         return found

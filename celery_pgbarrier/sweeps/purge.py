@@ -14,7 +14,7 @@ from celery_pgbarrier.errors import ConfigurationError
 from celery_pgbarrier.sweeps.base import Run, Sweep
 from celery_pgbarrier.sweeps.batches import Action, Delete, Pick, Update, isolate
 from celery_pgbarrier.sweeps.counts import Stop
-from celery_pgbarrier.sweeps.engine import Batch, run_batches
+from celery_pgbarrier.sweeps.engine import Batch
 from celery_pgbarrier.sweeps.hosts import EngineSource
 from celery_pgbarrier.sweeps.steps import statement_batch
 from celery_pgbarrier.sweeps.tables import Column, Condition, Key, Table
@@ -41,8 +41,8 @@ class Purge(Sweep):
         where: which rows go: an SQLAlchemy expression, or a function of the database's ``now``.
         before_delete: called with each row: a detached instance of the mapped class, or a Core
             row.
-        on_error: "continue", or "abort" to stop at the first row that fails; the rows before it
-            are gone.
+        on_error: "continue", or "abort" to stop at the first row whose hook raises; the rows
+            before it are gone.  A row that cannot be deleted ends the run with its batch.
         mark: values that are set and committed before the hook runs, so that a row which looks
             alive never lacks its files.  A marked row goes, even when it no longer matches.
         marked: the condition that a row is marked, where *mark* does not say it by itself.
@@ -114,7 +114,7 @@ class Purge(Sweep):
             step = partial(self._hooked_batch, run, matching)
         else:
             step = partial(statement_batch, run, matching, self._action(run.now))
-        run_batches(step, run.limits, run.counts, run.stop, run.report)
+        run.repeat(step)
 
     def _marked_batch(self, run: Run, size: int) -> Batch:
         """Purge what is marked already; where nothing is, mark the next rows and purge those."""

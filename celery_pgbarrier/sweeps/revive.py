@@ -15,7 +15,7 @@ from celery_pgbarrier.errors import ConfigurationError
 from celery_pgbarrier.sweeps import hosts, outbox
 from celery_pgbarrier.sweeps.base import Run, Sweep
 from celery_pgbarrier.sweeps.batches import Pick, Update, isolate
-from celery_pgbarrier.sweeps.engine import Batch, run_batches
+from celery_pgbarrier.sweeps.engine import Batch
 from celery_pgbarrier.sweeps.hosts import EngineSource
 from celery_pgbarrier.sweeps.outbox import Letter
 from celery_pgbarrier.sweeps.steps import statement_batch
@@ -132,10 +132,13 @@ class Revive(Sweep):
             host = hosts.publisher(f"sweep {self.name}", run.app)
             with run.turn.reading() as connection:
                 hosts.same_database(connection, host, f"sweep {self.name}")
+        stopped = None
         for name, rule in self._rules.items():
             before = run.counts.rows
-            run_batches(self._step(run, rule, host), run.limits, run.counts, run.stop, run.report)
+            run.repeat(self._step(run, rule, host))
             run.counts.rules[name] = run.counts.rows - before
+            stopped = stopped or run.counts.stopped
+        run.counts.stopped = stopped
 
     def _step(self, run: Run, rule: Rule, host: Host | None) -> Callable[[int], Batch]:
         pick, stamp = self._pick(rule, run.now), Update(self._stamps[rule.name].at(run.now))
