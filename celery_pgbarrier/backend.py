@@ -326,6 +326,9 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
     ) -> None:
         """Commit a task's revocation and that of the steps after it."""
 
+        if request is None:  # the remote control knows only the id
+            request = self._recorded_request(task_id)
+
         def record() -> None:
             super(BarrierBackend, self).mark_as_revoked(
                 task_id, reason, request, store_result, state
@@ -537,20 +540,22 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
 
     def fail_recorded(self, task_id: str, token: str | None, error: Exception) -> bool:
         """Fail a task on the reaper's word, from its recorded message."""
-        rows = self._database.statement(
-            sql.INSPECT, {"id": task_id, "worker": lease.boot.current()}, 1.0
-        )
-        fields: dict[str, Any] = {"id": task_id}
-        if rows[0].message is not None:
-            fields = Envelope.decode(rows[0].message).request()
-        request = Context(fields)
-        if token is not None:
-            stamp = Stamp(rows[0].call, rows[0].seq, True)
-            attempt = Attempt(task_id, stamp, token, 0, rows[0].barrier_id, Unit(stamp.call))
+        request = self._recorded_request(task_id) or Context({"id": task_id})
+        row = lease.inspect(self, task_id, _PARENT_PATIENCE)
+        if token is not None and row is not None and row.call is not None:
+            stamp = Stamp(row.call, row.seq, True)
+            attempt = Attempt(task_id, stamp, token, 0, row.barrier_id, Unit(stamp.call))
             attempt.phase = "ended"
             setattr(request, capture.ATTEMPT, attempt)
         self.mark_as_failure(task_id, error, request=request)
         return True
+
+    def _recorded_request(self, task_id: str) -> Context | None:
+        """Return the request that a worker would make of a task's recorded message."""
+        row = lease.inspect(self, task_id, _PARENT_PATIENCE)
+        if row is None or row.message is None:
+            return None
+        return Context(Envelope.decode(row.message).request())
 
     # -- chords
 
@@ -599,9 +604,10 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         adder = compat.current_task_id()
         parameters = {"id": result.id, "barrier": chord_id, "adder": adder}
         patience = self._settings.dispatch_timeout
-        if not self._database.count(sql.MEMBER_ADD, parameters, patience) and (
-            lease.barrier_of(self, result.id, patience) != chord_id
-        ):
+        if self._database.count(sql.MEMBER_ADD, parameters, patience):
+            return
+        added = lease.inspect(self, result.id, patience)  # the answer to an earlier try was lost?
+        if added is None or added.barrier_id != chord_id:
             raise DispatchConflict(f"chord {chord_id} is complete or {adder} is no member of it")
 
     def closing_unit(

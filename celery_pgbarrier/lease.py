@@ -222,6 +222,8 @@ class Held:
     pid: int | None = None
     call: str | None = None
     seq: int = 0
+    barrier_id: str | None = None
+    message: bytes | None = None
 
     def is_of(self, stamp: Stamp, worker: str, pid: int | None) -> bool:
         """Tell whether the row is that of a message in hand: held by its process, or unclaimed."""
@@ -272,16 +274,9 @@ def inspect(host: Host, task_id: str, patience: float) -> Held | None:
     )[0]
     if seen.state is None:
         return None
-    return Held(task_id, seen.state, seen.token, seen.worker, seen.pid, seen.call, seen.seq)
-
-
-def barrier_of(host: Host, task_id: str, patience: float) -> str | None:
-    """Return the barrier that a task is a member of."""
-    parameters = {"id": task_id, "worker": boot.current()}
-    barrier_id: str | None = host.database.statement(sql.INSPECT, parameters, patience)[
-        0
-    ].barrier_id
-    return barrier_id
+    held = seen._mapping
+    fields = ("state", "token", "worker", "pid", "call", "seq", "barrier_id", "message")
+    return Held(task_id, **{field: held[field] for field in fields})
 
 
 def publish_recorded(host: Host, task_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,9 @@ class Option:
         wrong = isinstance(value, bool) or not isinstance(value, (int, float))
         if (number and wrong) or (not number and not isinstance(value, self.kind)):
             raise self._error(value, f"must be {self._kind_text()}")
-        if self.kind is int and value != int(value):
+        if number and math.isnan(value):
+            raise self._error(value, "must be a number")
+        if self.kind is int and (math.isinf(value) or value != int(value)):
             raise self._error(value, "must be a whole number")
         value = self.kind(value)
         if self.minimum is not None and value < self.minimum:

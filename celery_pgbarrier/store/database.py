@@ -173,6 +173,9 @@ class Database:
         options["connect_args"] = {
             key: value for key, value in arguments.items() if key not in self.url.query
         }
+        # One statement is one transaction; longer ones say BEGIN and COMMIT. Switching the mode of
+        # a connection from one to the other costs round trips, and session state.
+        options["isolation_level"] = "AUTOCOMMIT"
         try:
             return sa.create_engine(self.url, **options)
         except ModuleNotFoundError as error:
@@ -208,10 +211,14 @@ class Database:
 
         def attempt(committing: Callable[[], None]) -> T:
             with self.engine().connect() as connection:
-                with connection.begin() as transaction:
+                connection.exec_driver_sql("BEGIN")
+                try:
                     result = work(connection)
                     committing()
-                    transaction.commit()
+                    connection.exec_driver_sql("COMMIT")
+                except BaseException:
+                    _roll_back(connection)
+                    raise
                 return result
 
         return self._persist(attempt, patience, check)
@@ -233,8 +240,7 @@ class Database:
         self, template: str, parameters: Mapping[str, Any], patience: float
     ) -> tuple[list[sa.Row[Any]], int]:
         def attempt(committing: Callable[[], None]) -> tuple[list[sa.Row[Any]], int]:
-            engine = self.engine().execution_options(isolation_level="AUTOCOMMIT")
-            with engine.connect() as connection:
+            with self.engine().connect() as connection:
                 committing()
                 result: CursorResult[Any] = connection.execute(self.sql[template], parameters)
                 rows = list(result.all()) if result.returns_rows else []
@@ -289,18 +295,30 @@ class Database:
         if code == _DENIED:
             return SchemaError(
                 f"{_first(error)}: grant SELECT, INSERT, UPDATE and DELETE on the pgbarrier_* "
-                f"tables to this role (and USAGE on their schema)"
+                f"tables to this role (and USAGE on their schema); to make or upgrade them, "
+                f"{versions.MIGRATE}"
             )
         return error
 
     def _ensure_schema(self) -> None:
         if self._checked:
             return
-        with self.engine().begin() as connection:
+
+        def check(connection: Connection) -> None:
             if self.auto_migrate and versions.current(connection, self.schema) != versions.head():
                 versions.upgrade(connection, self.schema)
             versions.require(connection, self.schema)
+
+        self.transaction(check, check=False)
         self._checked = True
+
+
+def _roll_back(connection: Connection) -> None:
+    """End a transaction that failed; a connection that cannot is not used again."""
+    try:
+        connection.exec_driver_sql("ROLLBACK")
+    except Exception:
+        connection.invalidate()
 
 
 def _first(error: Exception) -> str:

@@ -109,6 +109,7 @@ _CLAIMABLE = """
             AND t.call = CAST(:call AS uuid) AND t.seq = :seq)))
     OR (t.state IN ('done', 'untracked') AND NOT CAST(:recorded AS boolean)
         AND t.call IS DISTINCT FROM CAST(:call AS uuid)
+        AND t.origin IS DISTINCT FROM CAST(:call AS uuid)
         AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_barrier b WHERE b.id = t.barrier_id
                         AND b.state IN ('waiting', 'ready')))
 """
@@ -209,8 +210,8 @@ INSERT INTO {s}pgbarrier_task AS t (id, state, status, result, expires_at)
 VALUES (:id, 'untracked', :status, CAST(:result AS bytea),
         clock_timestamp() + make_interval(secs => CAST(:expires AS float8)))
 ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status, result = EXCLUDED.result
- WHERE (t.state <> 'done' AND t.token IS NULL)
-    OR (t.state = 'done' AND t.barrier_id IS NULL AND t.attempt = 0 AND t.status <> 'SUCCESS')
+ WHERE t.token IS NULL AND t.status <> 'SUCCESS'
+   AND (t.state <> 'done' OR (t.barrier_id IS NULL AND t.attempt = 0))
 """
 
 #: A retry or replace: the row goes on to its next message, the claim ends.
@@ -328,6 +329,7 @@ SELECT x.id, CAST(x.call AS uuid), x.barrier_id, x.slot, x.position,
               CAST(:queues AS text[]), CAST(:messages AS bytea[]), CAST(:etas AS text[]))
        AS x (id, call, barrier_id, slot, position, name, queue, message, eta)
 ON CONFLICT (id) DO UPDATE SET
+    origin = CASE WHEN t.state = 'expected' THEN COALESCE(t.origin, t.call) END,
     call = EXCLUDED.call, seq = 0, state = EXCLUDED.state, name = EXCLUDED.name,
     queue = EXCLUDED.queue, message = EXCLUDED.message, eta = EXCLUDED.eta,
     due_at = EXCLUDED.due_at, published_at = NULL, publications = 0, attempt = 0, crashes = 0,

@@ -27,8 +27,8 @@ app = Celery(
     backend=os.environ.get("BACKEND", "pgbarrier://postgres@localhost:5432/postgres"),
 )
 
-LEASE = 5.0  # seconds that a stage may take; minutes, in earnest
-GRACE = timedelta(seconds=2)  # that a process has to publish what it recorded
+LEASE = 6.0  # seconds that a stage may take; minutes, in earnest
+GRACE = timedelta(seconds=3)  # that a process has to publish what it recorded
 LOST = timedelta(minutes=15)  # after which a published message is taken for lost
 
 

@@ -132,6 +132,10 @@ class Scene:
         """How many tasks have an outcome."""
         return int(self.query("SELECT count(*) FROM pgbarrier_task WHERE state = 'done'")[0][0])
 
+    def republished(self) -> int:
+        """How many messages the reaper has sent."""
+        return int(self.query("SELECT sum(publications) FROM pgbarrier_task")[0][0])
+
     def wait_settled(self, expected: Mapping[str, int], deadline: float = 60.0) -> None:
         """Wait until nothing is open and no message waits; see what the bodies ran to.
 
@@ -184,7 +188,8 @@ class Scene:
                    SELECT id FROM pgbarrier_task WHERE state <> 'done' LIMIT 5) ORDER BY at""")
         queues = self.query("SELECT * FROM pgbarrier_queue")
         lines = [
-            f"{self.finished()} tasks have finished, {self.broker.depth()} messages wait",
+            f"{self.finished()} tasks have finished, {self.broker.depth()} messages wait, "
+            f"{self.republished()} were sent again",
             f"bodies ran to {self.totals()}",
             *self.open()[:MANY],
             *(row.line for row in workers),

@@ -56,7 +56,8 @@ class Killer:
         pid = self.chance.choice(pids) if pids else 0
         if not self._stopped([pid]):
             return False
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # its worker has replaced it
+            os.kill(pid, signal.SIGKILL)
         return True
 
     def _kill_worker(self) -> bool:
@@ -109,6 +110,7 @@ def survive(
     print(
         f"{CHORDS} chords of {SIZE}: {killer.children} pool processes and {killer.restarts} "
         f"workers killed, {again[0]} runs repeated, {again[1]} crashes counted; "
+        f"{scene.republished()} messages sent again by the reaper; "
         f"{end - start:.1f} s in all, {end - last:.1f} s after the last"
     )
 

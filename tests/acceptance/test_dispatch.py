@@ -15,7 +15,7 @@ from tests.support.brokers import Broker
 from tests.support.waiting import wait_until
 
 SIZE = 300
-AT_RANDOM, AT_FAULTS = 35, 5
+AT_RANDOM, AT_FAULTS = 38, 4
 BEFORE, AFTER = "dispatch.captured", ("dispatch.committed", "dispatch.half-published")
 
 THERE = """
@@ -28,9 +28,9 @@ SELECT (SELECT count(*) FROM pgbarrier_barrier) AS barriers,
 def killed_producers(scene: Scene, chance: random.Random) -> list[tuple[Job, Report]]:
     """Kill 50 producers: at random delays up to that of a whole call, and at each fault point."""
     with Producer(scene) as producer:
-        whole = [producer.run(Job(f"whole {n}", SIZE)) for n in range(3)]
+        whole = [producer.run(Job(f"whole {n}", SIZE)) for n in range(2)]
         assert all(report.returned for report in whole)
-        longest = sorted(report.seconds for report in whole)[1]
+        longest = min(report.seconds for report in whole)
         faults = [fault for fault in (BEFORE, *AFTER) for _ in range(AT_FAULTS)]
         moments = [*faults, *[None] * AT_RANDOM]
         chance.shuffle(moments)
@@ -42,21 +42,23 @@ def killed_producers(scene: Scene, chance: random.Random) -> list[tuple[Job, Rep
                 done.append((job, producer.run(job)))
                 if done[-1][1].killed:
                     break
+                longest = min(longest, done[-1][1].seconds)
         print(f"a whole call takes {longest * 1000:.0f} ms")
     return [*((Job(report.label, SIZE), report) for report in whole), *done]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_killed_producer_leaves_a_whole_chord_or_none(
     scene: Scene, chance: random.Random
 ) -> None:
     start = time.monotonic()
     done = killed_producers(scene, chance)
-    scene.worker(ready=False, concurrency=2)
+    scene.worker(ready=False, pool="threads", concurrency=8, arguments=["--loglevel=WARNING"])
     killed = [job for job, report in done if report.killed]
     assert len(killed) == AT_RANDOM + (1 + len(AFTER)) * AT_FAULTS
     dispatched = time.monotonic()
-    wait_until(lambda: not scene.open(), 90, scene.report, interval=0.2)
+    wait_until(lambda: not scene.open(), 180, scene.report, interval=0.2)
     end = time.monotonic()
 
     there = set(scene.totals())
@@ -69,7 +71,8 @@ def test_a_killed_producer_leaves_a_whole_chord_or_none(
     print(
         f"{len(killed)} producers killed; of {len(at_random)} chords killed at random "
         f"{sum(at_random)} were there; {dispatched - start:.1f} s of dispatching, "
-        f"{end - dispatched:.1f} s more until all {len(there)} chords were complete"
+        f"{end - dispatched:.1f} s more until all {len(there)} chords were complete, "
+        f"{scene.republished()} messages sent again"
     )
     assert set(at_random) == {True, False}, "all kills fell on one side of the commit"
 

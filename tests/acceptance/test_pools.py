@@ -16,6 +16,8 @@ from tests.support.tasks import kill_once
 
 SIZE = 10
 LATE = {"task_acks_late": True, "task_reject_on_worker_lost": True}
+#: The pool of a prefork worker looks for dead processes at least so often (seconds).
+POOL_LOOKS = 5.0
 #: For processes that wait for a processor, on top of what G7 promises (seconds).
 LOAD = 3.0
 
@@ -47,7 +49,7 @@ def test_a_member_is_killed_once(
     assert (victim.attempt, victim.crashes) == (2, 1)
     gap = (victim.granted[1] - victim.granted[0]).total_seconds()
     print(f"{pool}: runs again {gap:.2f} s after its first claim")
-    promised = 0.0
+    promised = POOL_LOOKS
     if pool != "prefork":
         lease, beat, reap = (
             scene.settings[f"pgbarrier_{name}"] for name in ("lease", "heartbeat", "reap_interval")

@@ -14,6 +14,7 @@ from tests.support import databases, tasks
 from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker, workers
 from tests.support.tables import Tables
+from tests.support.waiting import wait_until
 from tests.support.wire import Wire
 
 __all__ = ["InlineWorker"]
@@ -31,6 +32,27 @@ def no_connections_left() -> Iterator[None]:
     pools = celery_pgbarrier.backend._databases
     while pools:
         pools.popitem()[1].dispose()
+
+
+@pytest.fixture(scope="module")
+def module_database(postgres_server: str, template_database: str) -> Iterator[str]:
+    with databases.temporary_database(postgres_server, template_database) as url:
+        yield url
+
+
+@pytest.fixture
+def emptied_database_url(postgres_server: str, module_database: str) -> Iterator[str]:
+    """As ``database_url``, but one for a whole module, emptied for each test: for cheap tests.
+
+    Tests that change tables, or that leave processes behind, need one of their own.
+    """
+    tables = Tables(module_database)
+    wait_until(lambda: tables.cut_connections() == 0, 10, "nobody is connected")
+    for table in ("task", "slot", "barrier", "worker", "group", "queue"):
+        tables.ask(f"DELETE FROM pgbarrier_{table}")
+    tables.ask("UPDATE pgbarrier_reaper SET pass_at = 'epoch'")
+    yield module_database
+    assert databases.leaks(postgres_server, module_database) == []
 
 
 @pytest.fixture

@@ -30,6 +30,11 @@ pytestmark = [
 claimed = SimpleNamespace(**{name: getattr(tasks, name) for name in vars(plain)})
 
 
+@pytest.fixture
+def database_url(emptied_database_url: str) -> str:
+    return emptied_database_url
+
+
 @dataclass
 class World:
     """A backend, tasks of one kind, a worker, and a file for what tasks tell."""

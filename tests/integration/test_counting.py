@@ -27,6 +27,11 @@ from tests.support.wire import Wire
 TRANSACTION = ("BEGIN", "COMMIT", "ROLLBACK", "SET ", "SAVEPOINT")
 
 
+@pytest.fixture
+def database_url(emptied_database_url: str) -> str:
+    return emptied_database_url
+
+
 def held(backend: BarrierBackend, tables: Tables, size: int) -> dict[str, str]:
     """Start a chord of *size* members and claim them all; their tokens by id, in order."""
     result = chord([add.s(n, n) for n in range(size)], xsum.s()).delay()

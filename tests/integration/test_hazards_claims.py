@@ -34,6 +34,11 @@ Hook = Callable[[str], Callable[[Callable[..., Any]], Callable[..., Any]]]
 MakeWorker = Callable[..., InlineWorker]
 
 
+@pytest.fixture
+def database_url(emptied_database_url: str) -> str:
+    return emptied_database_url
+
+
 def claim(backend: BarrierBackend, worker: InlineWorker, request: Any) -> lease.Attempt:
     """Claim a message that was taken, and do nothing about it."""
     args, kwargs, embed = request._payload
@@ -382,7 +387,7 @@ def test_hazard_08_the_fence_differs_for_two_holders_of_the_same_attempt(
             return "second"
         tables.ask(
             "UPDATE pgbarrier_task SET state = 'queued', attempt = 0, token = NULL, worker = NULL,"
-            " due_at = clock_timestamp() WHERE id = :id",
+            " due_at = clock_timestamp(), published_at = NULL WHERE id = :id",
             id=task.request.id,
         )
         tables.overdue()

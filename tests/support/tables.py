@@ -48,6 +48,11 @@ class Tables:
                    published_at = published_at - interval '1 day'
              WHERE due_at IS NOT NULL
         """)
+        self.ask("""
+            UPDATE pgbarrier_queue SET probe_sent_at = probe_sent_at - interval '1 day',
+                   probe_of = probe_of - interval '1 day',
+                   claimed_through = claimed_through - interval '1 day'
+        """)
         self.ask("UPDATE pgbarrier_barrier SET ready_at = ready_at - interval '1 day'")
 
     def expire(self) -> None:

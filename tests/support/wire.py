@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from contextlib import suppress
@@ -16,7 +17,7 @@ class Wire:
     ``said`` lists the messages of the simple and of the extended query protocol that clients sent,
     as text: one entry is one round trip.
 
-    ``cut(words)`` lets the next message that contains ``words`` reach the server, and breaks the
+    ``cut(words)`` lets the next message with these whole words reach the server, and breaks the
     connection instead of returning the answer: the client cannot know what happened. With
     ``stay=True`` no connection gets through any more until :meth:`mend`.
     """
@@ -32,7 +33,7 @@ class Wire:
         changed = changed.update_query_dict({"sslmode": "disable", "gssencmode": "disable"})
         self.url = changed.render_as_string(hide_password=False)
         self.said: list[str] = []
-        self._cut: tuple[bytes, bool] | None = None
+        self._cut: tuple[re.Pattern[str], bool] | None = None
         self._closed = threading.Event()
         self._down = threading.Event()
         self._sockets: set[socket.socket] = set()
@@ -41,7 +42,13 @@ class Wire:
 
     def cut(self, words: str, stay: bool = False) -> None:
         """Lose the answer to the next message that contains *words*."""
-        self._cut = (words.encode(), stay)
+        self._cut = (re.compile(rf"(?<!\w){re.escape(words)}(?!\w)"), stay)
+
+    def break_off(self) -> None:
+        """Break every connection, and let none through until :meth:`mend`."""
+        self._down.set()
+        for end in list(self._sockets):
+            self._hang_up(end)
 
     def mend(self) -> None:
         """Let connections through again."""
@@ -132,9 +139,10 @@ class _Talk:
 
     def _pass_on(self, message: bytes, started: bool) -> None:
         if started and message[:1] in b"QP":  # Query, Parse
-            self.wire.said.append(message[5:].strip(b"\0").decode(errors="replace"))
+            text = message[5:].strip(b"\0").decode(errors="replace")
+            self.wire.said.append(text)
             cut = self.wire._cut
-            if cut is not None and cut[0] in message:
+            if cut is not None and cut[0].search(text):
                 self.wire._cut, self.muted = None, True
                 if cut[1]:
                     self.wire._down.set()

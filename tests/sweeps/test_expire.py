@@ -41,9 +41,9 @@ def fill_objects(engine: sa.Engine, numbers: str, status: str = "active") -> Non
 
 
 def states(engine: sa.Engine) -> dict[str, int]:
-    query = sa.select(objects.c.status, sa.func.count()).group_by(objects.c.status)
+    query = sa.select(objects.c.status, sa.func.count().label("count")).group_by(objects.c.status)
     with engine.connect() as connection:
-        return {status: count for status, count in connection.execute(query)}
+        return {row.status: row.count for row in connection.execute(query)}
 
 
 def test_three_two_none(engine: sa.Engine) -> None:
@@ -165,7 +165,7 @@ class Writers:
         number = start
         with self._engine.connect() as connection:
             connection.exec_driver_sql("SET lock_timeout = '100ms'")
-            while not self._stop.wait(0.002):
+            while not self._stop.wait(0.005):
                 number = (number + 7919) % self._rows + 1
                 change = sa.update(objects).where(objects.c.number == number + 1000)
                 try:
@@ -201,13 +201,13 @@ class Transactions:
 
 
 @pytest.mark.slow
-def test_three_hundred_thousand_rows(engine: sa.Engine, database_url: str) -> None:
-    rows = 300_000
+def test_a_large_table_under_load(engine: sa.Engine, database_url: str) -> None:
+    rows = 100_000  # benchmarks/sweeps.py does 300,000
     fill_objects(engine, f"1001, {1000 + rows}")
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE INDEX ON objects (status, number)")
         connection.exec_driver_sql("CREATE INDEX ON objects (number)")
-    sweeping = sa.create_engine(database_url, poolclass=sa.NullPool)
+    sweeping = sa.create_engine(database_url)
     transactions = Transactions(sweeping)
     where = (objects.c.status == "active") & (objects.c.number <= 1_000_000)
     sweep = Expire(
@@ -223,7 +223,8 @@ def test_three_hundred_thousand_rows(engine: sa.Engine, database_url: str) -> No
     tracemalloc.stop()
     assert counts.rows >= rows - 5000 - 2  # of which the writers may hold two at a time
     assert sweep.run(sweeping).left == 0
+    sweeping.dispose()
     assert states(engine) == {"stale": rows}
     assert max(transactions.lengths) < 1.0
     assert peak - early < 8_000_000
-    assert (waits, writes > 100) == (0, True)
+    assert (waits, writes > 50) == (0, True)

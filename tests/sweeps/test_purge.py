@@ -263,6 +263,31 @@ def test_what_cannot_work_is_refused(table: Any, options: Any, message: str) -> 
         Purge("documents", table, where=sa.true(), **options)
 
 
+def test_partitioned_tables_in_a_schema(engine: sa.Engine) -> None:
+    events = sa.Table(
+        "events",
+        sa.MetaData(schema="archive"),
+        sa.Column("day", sa.Integer, primary_key=True),
+        sa.Column("id", sa.Integer, primary_key=True),
+    )
+    with engine.begin() as connection:
+        connection.exec_driver_sql("""
+            CREATE SCHEMA archive;
+            CREATE TABLE archive.events (day int, id int, PRIMARY KEY (day, id))
+                   PARTITION BY LIST (day);
+            CREATE TABLE archive.events_1 PARTITION OF archive.events FOR VALUES IN (1);
+            CREATE TABLE archive.events_2 PARTITION OF archive.events FOR VALUES IN (2);
+            INSERT INTO archive.events SELECT d, n FROM generate_series(1, 2) d,
+                   generate_series(1, 15) n;
+        """)
+    for hook in (None, bool):
+        sweep = Purge("events", events, where=events.c.id <= 10, batch_size=7, before_delete=hook)
+        assert sweep.run(engine, max_batches=1).rows == 7
+    assert sweep.run(engine).rows == 6
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(events)) == 10
+
+
 def test_a_named_key_stands_in_for_a_primary_key(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         connection.execute(sa.insert(keyless), [{"number": n} for n in range(5)])

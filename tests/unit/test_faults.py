@@ -34,7 +34,8 @@ def run(spec: str, *points: str) -> int:
         f"faults.point({name!r})\n" for name in points
     )
     env = {**os.environ, faults.VARIABLE: spec}
-    return subprocess.run([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL).returncode
+    argv = [sys.executable, "-c", code]
+    return subprocess.run(argv, env=env, stderr=subprocess.DEVNULL).returncode
 
 
 def test_kill_and_exit(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_bad_value_names_the_key_and_the_rule(name: str, value: Any, rule: str
 
 def test_a_heartbeat_above_a_third_of_the_lease_is_refused() -> None:
     assert load({"pgbarrier_lease": 30.0, "pgbarrier_heartbeat": 10.0}).heartbeat == 10
-    with pytest.raises(ConfigurationError, match="pgbarrier_heartbeat.*third.*pgbarrier_lease"):
+    with pytest.raises(ConfigurationError, match=r"pgbarrier_heartbeat.*third.*pgbarrier_lease"):
         load({"pgbarrier_lease": 30.0, "pgbarrier_heartbeat": 10.1})
     with pytest.raises(ConfigurationError, match="third"):
         load({"pgbarrier_lease": 20.0})

@@ -35,6 +35,7 @@ CREATE TABLE {s}pgbarrier_slot (
 CREATE TABLE {s}pgbarrier_task (
     id text PRIMARY KEY,
     call uuid,
+    origin uuid,
     seq integer NOT NULL DEFAULT 0,
     barrier_id text,
     slot integer,
