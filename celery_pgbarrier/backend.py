@@ -307,6 +307,9 @@ class BarrierBackend(BaseBackend):  # type: ignore[misc]
         state: str = states.FAILURE,
     ) -> None:
         """Commit a task's failure, that of its chain and its errbacks, if its claim still holds."""
+        if request is not None and not hasattr(request, "chain"):
+            # A message that the worker does not know the task of: all it tells is the id.
+            request = self._recorded_request(task_id) or request
 
         def record() -> None:
             super(BarrierBackend, self).mark_as_failure(

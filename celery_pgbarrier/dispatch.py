@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from celery import Celery
@@ -43,7 +43,7 @@ class Envelope:
 
     def encode(self) -> bytes:
         """Return the envelope for the ``message`` column: a line of JSON, then the body."""
-        fields = {key: value for key, value in asdict(self).items() if key != "body"}
+        fields = {key: value for key, value in vars(self).items() if key != "body"}
         head: str = dumps(fields)
         return head.encode() + b"\n" + self.body
 
@@ -53,9 +53,9 @@ class Envelope:
         head, _, body = bytes(message).partition(b"\n")
         return cls(body=body, **loads(head.decode()))
 
-    def copied(self, publications: int) -> Envelope:
-        """Return the envelope with its stamp telling which publication of the message it is."""
-        stamp = {**self.headers.get("pgb", {}), "copy": publications}
+    def copied(self, copy: int) -> Envelope:
+        """Return the envelope with its stamp telling which copy of the message it is."""
+        stamp = {**self.headers.get("pgb", {}), "copy": copy}
         return replace(self, headers={**self.headers, "pgb": stamp})
 
     def request(self) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def publish_recorded(host: Host, task_id: str) -> None:
     """Publish a queued task's recorded message now."""
     rows = host.database.statement(sql.MESSAGE, {"id": task_id}, 1.0)
     if rows and rows[0].message is not None:
-        envelope = Envelope.decode(rows[0].message).copied(rows[0].publications)
+        envelope = Envelope.decode(rows[0].message).copied(rows[0].copies)
         mark_published(host, publish(host.app, [(task_id, envelope)]))
 
 

@@ -62,7 +62,9 @@ def _write(task: Any, statement: str, parameters: dict[str, Any]) -> None:
 def _on_prerun(task: Any = None, **_: Any) -> None:
     """Record a plain task's start: from here on its message is not published again."""
     if has_row(task):
-        _write(task, sql.PLAIN_STARTED, {"rerun": bool(task.acks_late)})
+        lease.boot.current()
+        rerun = bool(task.acks_late)
+        _write(task, sql.PLAIN_STARTED, {"rerun": rerun, "worker_name": lease.boot.name})
 
 
 def _on_postrun(task: Any = None, retval: Any = None, state: str | None = None, **_: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -182,17 +182,24 @@ def _publish_due(host: Failing, counts: Counts) -> None:
         found = host.database.transaction(work)
         if taken:
             faults.point("reap.advanced")
-            envelopes = [
-                (row.id, Envelope.decode(row.message).copied(row.publications)) for row in taken
-            ]
+            envelopes = list(_envelopes(taken))
             published = publish(host.app, envelopes)
             counts.messages_published += len(published)
-            if len(published) < len(taken):
+            if len(published) < len(envelopes):
                 missed = [row.id for row in taken if row.id not in set(published)]
                 _defer(host, missed, unpublished=True)
                 return
         if found < host.settings.batch_size:
             return
+
+
+def _envelopes(taken: Sequence[Row[Any]]) -> Iterator[tuple[str, Envelope]]:
+    """Yield the messages of rows; one that cannot be read does not stop the others."""
+    for row in taken:
+        try:
+            yield row.id, Envelope.decode(row.message).copied(row.copies)
+        except Exception as error:
+            logger.error("The recorded message of task %s cannot be read: %r", row.id, error)
 
 
 def _take_up(host: Failing, connection: Connection, taken: list[Row[Any]], counts: Counts) -> int:

@@ -89,7 +89,7 @@ _CLAIMED = """
     attempt = CASE WHEN t.state = 'done' THEN 1
                    WHEN t.token = CAST(:token AS uuid) THEN t.attempt ELSE t.attempt + 1 END,
     crashes = CASE WHEN t.state = 'done' THEN 0 ELSE t.crashes END,
-    published_at = CASE WHEN t.publications = :copy THEN t.published_at END,
+    published_at = CASE WHEN t.copies = :copy THEN t.published_at END,
     barrier_id = CASE WHEN t.state = 'done' THEN NULL ELSE t.barrier_id END,
     expires_at = NULL,
     result = CASE WHEN t.state = 'done' OR CAST(:status AS text) IS NOT NULL
@@ -171,8 +171,14 @@ SELECT (SELECT count(*) FROM {s}pgbarrier_worker
   FROM (SELECT 1) AS one LEFT JOIN {s}pgbarrier_task t ON t.id = :id
 """
 
-#: A plain task with a row begins: never published again from here on.
+#: A plain task with a row begins: never published again from here on.  Its worker is made known.
 PLAIN_STARTED = """
+WITH holder AS (
+    INSERT INTO {s}pgbarrier_worker AS w (id, name, state)
+    VALUES (CAST(:worker AS uuid), :worker_name, 'running')
+    ON CONFLICT (id) DO UPDATE SET state = 'running', beat_at = clock_timestamp(),
+        suspect_at = NULL WHERE w.state = 'dead'
+)
 UPDATE {s}pgbarrier_task
    SET state = 'running', worker = CAST(:worker AS uuid), pid = :pid, thread = :thread,
        started_at = clock_timestamp(), due_at = NULL, rerun = :rerun, attempt = attempt + 1
@@ -183,7 +189,7 @@ UPDATE {s}pgbarrier_task
 #: recorded one is published again.
 PLAIN_RETRIED = """
 UPDATE {s}pgbarrier_task
-   SET state = 'queued', worker = NULL, publications = publications + 1,
+   SET state = 'queued', worker = NULL, publications = 0, copies = copies + 1,
        due_at = GREATEST(clock_timestamp(), CAST(:eta AS timestamptz))
                 + make_interval(secs => :after)
  WHERE id = :id AND state = 'running' AND token IS NULL AND message IS NOT NULL
@@ -227,7 +233,7 @@ UPDATE {s}pgbarrier_task
        eta = CAST(:eta AS timestamptz),
        due_at = CASE WHEN CAST(:message AS bytea) IS NULL THEN NULL
                      ELSE clock_timestamp() + make_interval(secs => :grace) END,
-       published_at = NULL, publications = 0
+       published_at = NULL, publications = 0, copies = 0
  WHERE id = :id AND (
        (state = 'running' AND token = CAST(:token AS uuid))
     OR (state = 'queued' AND token IS NULL AND attempt < :attempt
@@ -239,7 +245,7 @@ RELEASE = """
 UPDATE {s}pgbarrier_task
    SET state = 'queued', token = NULL, worker = NULL, crashes = crashes + :crash,
        due_at = clock_timestamp() + make_interval(secs => :grace), published_at = NULL,
-       publications = publications + 1
+       publications = 0, copies = copies + 1
  WHERE id = :id AND state = :state AND token IS NOT DISTINCT FROM CAST(:token AS uuid)
    AND crashes + :crash < :max_crashes AND message IS NOT NULL
 RETURNING crashes
@@ -332,7 +338,8 @@ ON CONFLICT (id) DO UPDATE SET
     origin = CASE WHEN t.state = 'expected' THEN COALESCE(t.origin, t.call) END,
     call = EXCLUDED.call, seq = 0, state = EXCLUDED.state, name = EXCLUDED.name,
     queue = EXCLUDED.queue, message = EXCLUDED.message, eta = EXCLUDED.eta,
-    due_at = EXCLUDED.due_at, published_at = NULL, publications = 0, attempt = 0, crashes = 0,
+    due_at = EXCLUDED.due_at, published_at = NULL, publications = 0, copies = 0, attempt = 0,
+    crashes = 0,
     status = CASE WHEN t.state = 'expected' THEN t.status ELSE 'PENDING' END,
     result = CASE WHEN t.state = 'expected' THEN t.result END,
     expires_at = NULL, done_at = NULL,
@@ -474,13 +481,12 @@ SELECT id, queue, published_at, publications, EXTRACT(epoch FROM clock_timestamp
 
 #: How far each queue has got: the youngest message that is being run (a claim through an old copy
 #: of a message that was published again has no time of publication), or that was a probe and has
-#: been claimed since.  A probe keeps its first publication's time, because it may be its first copy
-#: that was claimed.
+#: been claimed since.  A probe keeps the time of its earlier publication.
 QUEUES_MOVED = """
 SELECT queue, max(published_at) AS through FROM {s}pgbarrier_task
  WHERE worker IS NOT NULL AND queue = ANY(CAST(:queues AS text[])) GROUP BY queue
 UNION ALL
-SELECT q.name, CASE WHEN t.id IS NULL OR t.state <> 'queued'
+SELECT q.name, CASE WHEN t.state <> 'queued' AND t.published_at = q.probe_of
                     THEN GREATEST(q.claimed_through, q.probe_of) ELSE q.claimed_through END
   FROM {s}pgbarrier_queue q LEFT JOIN {s}pgbarrier_task t ON t.id = q.probe_id
  WHERE q.name = ANY(CAST(:queues AS text[]))
@@ -504,24 +510,26 @@ ON CONFLICT (name) DO UPDATE SET probe_id = EXCLUDED.probe_id, probe_of = EXCLUD
 #: Take messages up: their next due time is set before they are published.
 TASKS_ADVANCE = """
 UPDATE {s}pgbarrier_task AS t
-   SET publications = t.publications + 1,
+   SET publications = t.publications + 1, copies = t.copies + 1,
        published_at = CASE WHEN t.id = ANY(CAST(:probes AS text[])) THEN t.published_at
                            ELSE now() + x.place * interval '1 microsecond' END,
        due_at = GREATEST(now(), t.eta)
                 + make_interval(secs => :after * power(2, LEAST(t.publications, 12)))
   FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
  WHERE t.id = x.id
-RETURNING t.id, t.message, t.publications, x.place
+RETURNING t.id, t.message, t.copies, x.place
 """
 
 #: Look at messages again later (their queue is a backlog, or the broker is away).
 TASKS_DEFER = """
 UPDATE {s}pgbarrier_task SET due_at = clock_timestamp() + make_interval(secs => :after),
-       published_at = CASE WHEN CAST(:unpublished AS boolean) THEN NULL ELSE published_at END
+       published_at = CASE WHEN CAST(:unpublished AS boolean) THEN NULL ELSE published_at END,
+       publications = CASE WHEN CAST(:unpublished AS boolean) THEN GREATEST(publications - 1, 0)
+                           ELSE publications END
  WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued'
 """
 
-MESSAGE = "SELECT message, publications FROM {s}pgbarrier_task WHERE id = :id AND state = 'queued'"
+MESSAGE = "SELECT message, copies FROM {s}pgbarrier_task WHERE id = :id AND state = 'queued'"
 
 #: One pass an interval, whichever worker comes first.
 REAPER_TURN = """

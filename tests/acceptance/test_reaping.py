@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from celery_pgbarrier import beat_schedule, reaper
+from celery_pgbarrier.embedded import EmbeddedBroker
 from tests.acceptance.producer import Job, Producer
 from tests.acceptance.scene import Scene, sum_of
 from tests.support.brokers import Broker
@@ -78,3 +79,31 @@ def test_a_broker_that_forgets_again_and_again(
         wait_until(published, 20, scene.report)
     scene.worker()
     scene.wait_settled({"forgotten": sum_of(SIZE)})
+
+
+def test_a_broker_outage_postpones_no_later_recovery(
+    make_scene: Callable[..., Scene],
+    database_url: str,
+    own_redis: EmbeddedBroker,
+    own_broker: Broker,
+) -> None:
+    """Attempts to publish while the broker was away do not count as publications."""
+    quick = {"republish_after": 0.5, "publish_grace": 0.1, "reap_interval": 0.1}
+    settings = {f"pgbarrier_{name}": seconds for name, seconds in quick.items()}
+    scene = make_scene(database_url, own_broker, **settings)
+    own_redis.stop()
+    scene.submit("postponed", SIZE)
+    for _ in range(8):
+        wait_until(lambda: scene.query(DUE) == [(SIZE,)], message="all messages are due")
+        assert reaper.run_once(scene.app.backend).messages_published == 0
+    own_redis.start()
+    for _ in range(2):
+
+        def published() -> bool:
+            reaper.run_once(scene.app.backend)
+            return own_broker.depth() > 0
+
+        wait_until(published, 20, scene.report)
+        own_broker.purge()
+    scene.worker()
+    scene.wait_settled({"postponed": sum_of(SIZE)})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +27,9 @@ from tests.support.inline import InlineWorker
 from tests.support.tables import Tables
 from tests.support.tasks import add, echo, fail, hooked, identity, plain
 from tests.support.wire import Wire
+from tests.support.workers import environment
 
+ROOT = Path(__file__).parents[2]
 Hook = Callable[[str], Callable[[Callable[..., Any]], Callable[..., Any]]]
 
 
@@ -314,13 +320,22 @@ def test_only_what_has_expired_is_deleted(backend: BarrierBackend, tables: Table
     assert (tables.count("task"), backend.get_state("new")) == (1, states.SUCCESS)
 
 
-@pytest.mark.settings(result_expires=None)
-def test_without_result_expires_results_are_kept_for_ever(
-    worker: InlineWorker, tables: Tables
-) -> None:
+@pytest.mark.parametrize(
+    ("settings", "expires"),
+    [
+        ({"result_expires": None}, False),
+        ({"result_expires": None, "pgbarrier_dedup_expires": 60}, True),
+        ({"result_expires": 60}, True),
+    ],
+)
+def test_rows_expire_where_a_setting_says_so(
+    make_app: Callable[..., Celery], redis_broker: Broker, database_url: str, tables: Tables,
+    settings: dict[str, Any], expires: bool,
+) -> None:  # fmt: skip
+    app = make_app(redis_broker, databases.backend_url(database_url), **settings)
     result = add.delay(1, 1)
-    worker.drain()
-    assert tables.task(result.id).expires_at is None
+    InlineWorker(app, redis_broker).drain()
+    assert (tables.task(result.id).expires_at is not None) is expires
 
 
 def test_two_cleanups_at_once_share_the_work(
@@ -495,3 +510,52 @@ def test_one_connection_serves_many_threads(
     assert errors == []
     others = "datname = current_database() AND pid <> pg_backend_pid()"
     assert tables.value(f"SELECT count(*) FROM pg_stat_activity WHERE {others}") == 1
+
+
+FORK = """
+import os, sys
+from tests.support.app import app
+
+backend = app.backend
+backend.store_result("parent", 1, "SUCCESS")
+pid_of = "SELECT pg_backend_pid()"
+with backend.database.engine().connect() as connection:
+    mine = connection.exec_driver_sql(pid_of).scalar()
+children = []
+for number in range(3):
+    child = os.fork()
+    if child == 0:
+        try:
+            for step in range(20):
+                backend.store_result(f"{number}-{step}", step, "SUCCESS")
+                assert backend.get_task_meta(f"{number}-{step}", cache=False)["result"] == step
+            with backend.database.engine().connect() as connection:
+                assert connection.exec_driver_sql(pid_of).scalar() != mine
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    children.append(child)
+for step in range(20):
+    backend.store_result(f"parent-{step}", step, "SUCCESS")
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+with backend.database.engine().connect() as connection:
+    assert connection.exec_driver_sql(pid_of).scalar() == mine
+sys.exit(sum(codes))
+"""
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_children_of_a_fork_do_not_use_their_parents_connections(
+    redis_broker: Broker, database_url: str, tables: Tables, driver: str
+) -> None:
+    """With a pool of one connection each; the parent goes on with its own."""
+    url = databases.backend_url(databases.with_driver(database_url, driver))
+    options = {"database_engine_options": {"pool_size": 1, "max_overflow": 0}}
+    env = {**os.environ, **environment(redis_broker, url, options)}
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert tables.count("task", "status = 'SUCCESS'") == 1 + 4 * 20

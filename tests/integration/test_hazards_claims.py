@@ -117,8 +117,9 @@ def test_hazard_02_a_claim_whose_answer_was_lost_is_granted_to_the_same_child_ag
     assert str(tables.task(message.id).token) == again.token
 
 
+@pytest.mark.parametrize("kind", [hooked, plain.hooked], ids=["claimed", "plain"])
 def test_hazard_02_a_member_that_ends_in_ignore_fails_its_chord_and_says_so(
-    app: Celery, worker: InlineWorker, tables: Tables, hook: Hook, tmp_path: Path
+    app: Celery, worker: InlineWorker, tables: Tables, hook: Hook, tmp_path: Path, kind: Any
 ) -> None:
     @hook("ignore")
     def ignore(task: Any, value: Any) -> None:
@@ -126,7 +127,7 @@ def test_hazard_02_a_member_that_ends_in_ignore_fails_its_chord_and_says_so(
 
     path = tmp_path / "errors"
     body = xsum.s().set(link_error=[noted_error.s(str(path))])
-    result = chord([hooked.s(1, "ignore"), add.s(1, 1)], body).delay()
+    result = chord([kind.s(1, "ignore"), add.s(1, 1)], body).delay()
     worker.drain()
     assert result.state == "FAILURE"
     assert "ended with Ignore and no result" in str(result.result)
@@ -179,14 +180,15 @@ def test_hazard_02_reject_with_requeue_goes_back_to_queued(
     assert runs == [1, 1]
 
 
+@pytest.mark.parametrize("kind", [hooked, plain.hooked], ids=["claimed", "plain"])
 def test_hazard_02_reject_without_requeue_is_the_failure_of_the_task(
-    worker: InlineWorker, tables: Tables, hook: Hook
+    worker: InlineWorker, tables: Tables, hook: Hook, kind: Any
 ) -> None:
     @hook("reject")
     def reject(task: Any, value: Any) -> None:
         raise Reject("never", requeue=False)
 
-    result = chord([hooked.s(1, "reject"), add.s(1, 1)], identity.s()).delay()
+    result = chord([kind.s(1, "reject"), add.s(1, 1)], identity.s()).delay()
     worker.drain()
     assert result.parent.results[0].state == "FAILURE"
     assert result.state == "FAILURE"

@@ -58,6 +58,7 @@ CREATE TABLE {s}pgbarrier_task (
     due_at timestamptz,
     published_at timestamptz,
     publications integer NOT NULL DEFAULT 0,
+    copies integer NOT NULL DEFAULT 0,
     result bytea,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     started_at timestamptz,
