@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 from sqlalchemy import Connection
 
-from celery_pgbarrier import dispatch, faults
+from celery_pgbarrier import faults, outbox
 from celery_pgbarrier.errors import (
     DatabaseRetryLater,
     DatabaseUnavailable,
@@ -303,39 +302,6 @@ def _unclaimed(host: Host, unit: Unit, patience: float) -> Committed | None:
     return commit(host, unit, patience)
 
 
-def publish(host: Host, unit: Unit) -> None:
-    """Publish a committed unit's messages and mark them, batch by batch; nothing is raised."""
-    messages, batch = unit.messages, host.settings.batch_size
-    for start in range(0, len(messages), batch):
-        chunk = messages[start : start + batch]
-        taken = dispatch.publish(host.app, [(m.task_id, m.envelope) for m in chunk])
-        mark_published(host, taken)
-        if len(taken) < len(chunk):  # the broker is away: the reaper does the rest
-            break
-    for send in unit.sent_events:
-        _quietly(partial(_send_event, host, send), "task-sent event")
-
-
-def _send_event(host: Host, send: Callable[[Any], Any]) -> None:
-    with host.app.producer_pool.acquire(block=True) as producer:
-        send(producer)
-
-
-def mark_published(host: Host, ids: list[str]) -> None:
-    """Mark messages as published; where that fails, the reaper publishes them once more."""
-    if ids:
-        parameters = {"ids": ids, "after": host.settings.republish_after}
-        mark = partial(host.database.count, sql.TASKS_PUBLISHED, parameters, 1.0)
-        _quietly(mark, "marking messages as published")
-
-
-def _quietly(work: Callable[[], Any], what: str) -> None:
-    try:
-        work()
-    except Exception as error:
-        logger.warning("%s failed, the reaper makes up for it: %s", what, error)
-
-
 def open_chords(host: Releasing, unit: Unit) -> None:
     """Record and publish a canvas with its barriers: the end of a chord call.
 
@@ -357,7 +323,7 @@ def open_chords(host: Releasing, unit: Unit) -> None:
         ) from error
     faults.point("dispatch.committed")
     assert committed is not None
-    publish(host, unit)
+    outbox.publish(host, unit)
     for barrier_id in committed.ready:
         release(host, barrier_id)
 
@@ -365,7 +331,7 @@ def open_chords(host: Releasing, unit: Unit) -> None:
 def follow(host: Releasing, unit: Unit, committed: Committed) -> None:
     """Do what a committed outcome leaves to do: publish, release, run inline errbacks."""
     faults.point("finish.committed")
-    publish(host, unit)
+    outbox.publish(host, unit)
     for barrier_id in committed.ready:
         release(host, barrier_id)
     for errback in unit.inline:

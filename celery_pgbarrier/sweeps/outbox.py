@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from celery_pgbarrier import barrier, capture
+from celery_pgbarrier import barrier, capture, outbox
 from celery_pgbarrier.sweeps.tables import Key
 from celery_pgbarrier.unit import Host, Unit
 
@@ -52,4 +52,4 @@ def write(connection: Connection, host: Host, letters: Sequence[Letter]) -> None
 
 def publish(host: Host, letters: Sequence[Letter]) -> None:
     """Publish what was committed; what the broker does not take, the reaper publishes."""
-    barrier.publish(host, bundle(letters))
+    outbox.publish(host, bundle(letters))
