@@ -15,7 +15,6 @@ from celery_pgbarrier import lease, reaper
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.errors import HolderLost, MemberEndedWithoutResult
 from celery_pgbarrier.worker import audit
-from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker
 from tests.support.tables import Tables
 from tests.support.tasks import (
@@ -372,34 +371,36 @@ def test_hazard_06_a_worker_that_was_buried_alive_registers_itself_again(
 
 
 def test_hazard_08_the_fence_differs_for_two_holders_of_the_same_attempt(
-    redis_broker: Broker,
-    make_worker: MakeWorker,
-    backend: BarrierBackend,
-    tables: Tables,
-    hook: Hook,
+    backend: BarrierBackend, make_worker: MakeWorker, tables: Tables, hook: Hook
 ) -> None:
-    """A grant is lost in a crash of PostgreSQL, and the next one has the same number."""
+    """A grant is lost in a crash of PostgreSQL, and the next one has the same number.
+
+    The first holder ends while the second one runs: its outcome is refused, by token.
+    """
     first, second = make_worker("first"), make_worker("second")
     runs: list[str] = []
 
     @hook("twice")
     def twice(task: Any, value: Any) -> str:
         runs.append(lease.boot.name)
-        if len(runs) > 1:
-            return "second"
-        tables.ask(
-            "UPDATE pgbarrier_task SET state = 'queued', attempt = 0, token = NULL, worker = NULL,"
-            " due_at = clock_timestamp(), published_at = NULL WHERE id = :id",
-            id=task.request.id,
-        )
-        tables.overdue()
-        reaper.run_once(backend)
-        second.drain()
-        assert tables.task(task.request.id).attempt == 1
-        return "first"
+        if len(runs) == 1:
+            tables.ask(
+                "UPDATE pgbarrier_task SET state = 'queued', attempt = 0, token = NULL,"
+                " worker = NULL WHERE id = :id",
+                id=task.request.id,
+            )
+            assert claim(backend, second, copy).number == 1
+        return lease.boot.name
 
     result = chord([hooked.s(0, "twice"), add.s(1, 1)], identity.s()).delay()
-    first.drain()
+    message, other = first.take_all()
+    copy = first.request(message.message)
+    first.run(message)
+    row = tables.task(message.id)
+    assert (row.state, row.attempt, str(row.worker)) == ("running", 1, second.boot.id)
+    second.run(copy)
+    second.run(other)
+    second.drain()
     assert runs == ["first", "second"]
     assert result.get(timeout=5) == ["second", 2]
 

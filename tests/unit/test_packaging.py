@@ -52,7 +52,7 @@ def test_older_python_is_refused() -> None:
     ("name", "accepted", "refused"),
     [
         ("celery", ["5.5.0", "5.6.1", "5.7.0"], ["5.4.0", "5.8.0"]),
-        ("sqlalchemy", ["2.0.0", "2.1.9"], ["1.4.54", "3.0"]),
+        ("sqlalchemy", ["2.0.10", "2.1.9"], ["1.4.54", "2.0.9", "3.0"]),
     ],
 )
 def test_versions_of_what_we_build_on(name: str, accepted: list[str], refused: list[str]) -> None:
