@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[2]
 
 def test_demo() -> None:
     """Its exit status tells whether every claim held: counts, one outcome a member, one body."""
-    command = [sys.executable, "-m", "examples.demo", "--files", "150", "--kills", "2", "--seed", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.demo",
+        "--files",
+        "150",
+        "--kills",
+        "2",
+        "--seed",
+        "1",
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-import celery_pgbarrier.backend
+import celery_pgbarrier.results
 from celery_pgbarrier.backend import BarrierBackend
 from tests.support import databases, tasks
 from tests.support.brokers import Broker
@@ -29,7 +29,7 @@ def no_connections_left() -> Iterator[None]:
     """Close the pools that the backends of a test have opened in this process."""
     yield
     tasks.hooks.clear()
-    pools = celery_pgbarrier.backend._databases
+    pools = celery_pgbarrier.results._databases
     while pools:
         pools.popitem()[1].dispose()
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-import celery_pgbarrier.backend
+import celery_pgbarrier.results
 from celery_pgbarrier.cli import pgbarrier
 from celery_pgbarrier.errors import PgBarrierError, SchemaError, ServerTooOld
 from celery_pgbarrier.store import schema, sql
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def no_connections_left() -> Iterator[None]:
     yield
-    pools = celery_pgbarrier.backend._databases
+    pools = celery_pgbarrier.results._databases
     while pools:
         pools.popitem()[1].dispose()
 

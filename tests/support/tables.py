@@ -7,6 +7,14 @@ from typing import Any
 from sqlalchemy import Row, create_engine, text
 from sqlalchemy.pool import NullPool
 
+from celery_pgbarrier import results
+
+
+def close_pools() -> None:
+    """Close the connections that the backends of this process keep open."""
+    while results._databases:
+        results._databases.popitem()[1].dispose()
+
 
 class Tables:
     """The tables of a test's database, seen and changed past the package."""

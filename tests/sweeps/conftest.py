@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from celery import Celery
 from sqlalchemy.pool import NullPool
 
-import celery_pgbarrier.backend
+import celery_pgbarrier.results
 from tests.support import databases
 from tests.support.brokers import Broker
 from tests.sweeps import models
@@ -43,6 +43,6 @@ def app(
 def no_connections_left() -> Iterator[None]:
     """Close the pools that the backends of a test have opened in this process."""
     yield
-    pools = celery_pgbarrier.backend._databases
+    pools = celery_pgbarrier.results._databases
     while pools:
         pools.popitem()[1].dispose()
