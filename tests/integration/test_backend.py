@@ -429,7 +429,7 @@ def test_polls_are_fast_at_first_and_back_off(
     backend: BarrierBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("celery_pgbarrier.backend.time.sleep", pauses.append)
+    monkeypatch.setattr("celery_pgbarrier.results.time.sleep", pauses.append)
     list(backend.get_many(["nobody"], interval=0.5, max_iterations=15))
     assert pauses[0] < 0.01
     assert pauses == sorted(pauses)

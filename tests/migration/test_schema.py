@@ -369,7 +369,7 @@ def test_dml_rights_are_enough_at_run_time(
             result = chord([add.s(1, 1), add.s(2, 2) | add.s(1)], xsum.s()).delay()
             make().drain()
             assert result.get(timeout=5) == 7
-        celery_pgbarrier.backend.reaper.run_once(app.backend)
+        celery_pgbarrier.reaper.run_once(app.backend)
         app.backend.cleanup()
         assert tables.value(f'SELECT count(*) FROM "{place}".pgbarrier_task') == 4
     finally:
