@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from celery import Celery
 
-import celery_pgbarrier.results
 from celery_pgbarrier.backend import BarrierBackend
 from tests.support import databases, tasks
 from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker, workers
-from tests.support.tables import Tables
+from tests.support.tables import Tables, close_pools
 from tests.support.waiting import wait_until
 from tests.support.wire import Wire
 
@@ -29,9 +28,7 @@ def no_connections_left() -> Iterator[None]:
     """Close the pools that the backends of a test have opened in this process."""
     yield
     tasks.hooks.clear()
-    pools = celery_pgbarrier.results._databases
-    while pools:
-        pools.popitem()[1].dispose()
+    close_pools()
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +109,15 @@ def hook() -> Callable[[str], Callable[[Callable[..., Any]], Callable[..., Any]]
         return decorator
 
     return register
+
+
+@pytest.fixture(params=["psycopg2", "psycopg"])
+def each_driver(
+    request: pytest.FixtureRequest,
+    make_app: Callable[..., Celery],
+    redis_broker: Broker,
+    database_url: str,
+) -> Celery:
+    """The app through each of the two drivers."""
+    url = databases.with_driver(database_url, request.param)
+    return make_app(redis_broker, databases.backend_url(url))

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-import celery_pgbarrier.results
+from celery_pgbarrier import reaper
 from celery_pgbarrier.cli import pgbarrier
 from celery_pgbarrier.errors import PgBarrierError, SchemaError, ServerTooOld
 from celery_pgbarrier.store import schema, sql
@@ -26,7 +26,7 @@ from tests.support import databases
 from tests.support.brokers import Broker
 from tests.support.inline import workers
 from tests.support.services import libpq_url
-from tests.support.tables import Tables
+from tests.support.tables import Tables, close_pools
 from tests.support.tasks import add, xsum
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +35,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def no_connections_left() -> Iterator[None]:
     yield
-    pools = celery_pgbarrier.results._databases
-    while pools:
-        pools.popitem()[1].dispose()
+    close_pools()
 
 
 def database(url: str, **options: Any) -> Database:
@@ -369,7 +367,7 @@ def test_dml_rights_are_enough_at_run_time(
             result = chord([add.s(1, 1), add.s(2, 2) | add.s(1)], xsum.s()).delay()
             make().drain()
             assert result.get(timeout=5) == 7
-        celery_pgbarrier.reaper.run_once(app.backend)
+        reaper.run_once(app.backend)
         app.backend.cleanup()
         assert tables.value(f'SELECT count(*) FROM "{place}".pgbarrier_task') == 4
     finally:
