@@ -9,12 +9,13 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
 from celery.utils.log import get_logger
 from kombu.serialization import dumps
+from kombu.utils.encoding import ensure_bytes
 
 from celery_pgbarrier import capture, compat, lease, reaper
 from celery_pgbarrier.dispatch import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable
 from celery_pgbarrier.lease import Attempt, Claim, Held, Loss, Verdict
-from celery_pgbarrier.outcomes import PARENT_PATIENCE, Outcomes
+from celery_pgbarrier.outcomes import PARENT_PATIENCE, Outcomes, recorded_request
 from celery_pgbarrier.request import CONTENT
 from celery_pgbarrier.unit import STAMP, Stamp, Unit
 
@@ -68,7 +69,7 @@ class Attempts(Outcomes):
             "delivery_mode": 2,
         }
         return Envelope(
-            body=payload.encode(encoding) if isinstance(payload, str) else payload,
+            body=ensure_bytes(payload),
             content_type=content_type,
             content_encoding=encoding,
             exchange=exchange,
@@ -124,8 +125,8 @@ class Attempts(Outcomes):
 
     def fail_recorded(self, task_id: str, token: str | None, error: Exception) -> bool:
         """Fail a task on the reaper's word, from its recorded message."""
-        request = self._recorded_request(task_id) or Context({"id": task_id})
         row = lease.inspect(self, task_id, PARENT_PATIENCE)
+        request = recorded_request(row) or Context({"id": task_id})
         if token is not None and row is not None and row.call is not None:
             stamp = Stamp(row.call, row.seq, True)
             attempt = Attempt(task_id, stamp, token, 0, row.barrier_id, Unit(stamp.call))

@@ -9,9 +9,10 @@ from typing import Any
 from celery import Celery, states
 from celery.canvas import maybe_signature
 from celery.exceptions import ChordError
-from celery.result import GroupResult, ResultBase, allow_join_result, result_from_tuple
+from celery.result import GroupResult, allow_join_result
 from celery.utils.log import get_logger
 from kombu.serialization import dumps, loads
+from kombu.utils.encoding import ensure_bytes
 
 from celery_pgbarrier import barrier, beat, capture, compat, lease, plain, worker
 from celery_pgbarrier.attempts import Attempts
@@ -52,16 +53,13 @@ class BarrierBackend(Attempts):
             unit = capture.new_unit()
             capture.record_with_header(group_id, unit, self._open_chords)
         content_type, encoding, payload = dumps(body, self.app.conf.task_serializer)
-        payload = payload.encode(encoding) if isinstance(payload, str) else payload
-        opened = Barrier(group_id, f"{content_type}\n{encoding}\n".encode() + payload, body)
+        kind = f"{content_type}\n{encoding}\n"
+        opened = Barrier(group_id, ensure_bytes(kind) + ensure_bytes(payload), body)
         if not compat.is_lazy(results):
             header = self.app.GroupResult(group_id, results)
             opened.members = list(_flat(header))
             if any(isinstance(result, GroupResult) for result in results):
-                structure = self.encode({"result": header.as_tuple()})
-                opened.structure = (
-                    structure.encode() if isinstance(structure, str) else bytes(structure)
-                )
+                opened.structure = ensure_bytes(self.encode({"result": header.as_tuple()}))
         unit.events.append(opened)
 
     def _open_chords(self, unit: Unit) -> None:
@@ -145,10 +143,7 @@ class BarrierBackend(Attempts):
             values[task_id] = meta["result"]
         if closing.structure is None:
             return list(values.values())
-        header = self.decode(closing.structure)["result"]
-        if not isinstance(header, ResultBase):
-            header = result_from_tuple(header, self.app)
-        return _nested(header, values) + list(values.values())
+        return _nested(self._read_group(closing.structure), values) + list(values.values())
 
     def _chord_failure(self, closing: Closing, body: Any, error: ChordError) -> Unit:
         unit = Unit(closing.call)

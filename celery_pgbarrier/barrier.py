@@ -37,7 +37,8 @@ from celery_pgbarrier.unit import (
 
 logger = logging.getLogger(__name__)
 
-#: What publishing one message may take before the reaper helps (seconds); measured 0.1 to 0.5 ms.
+#: What publishing one message may take before the reaper helps (seconds). Whole calls of 1,000
+#: members, recording included, took 1.0 to 1.5 ms a member.
 _PER_MESSAGE = 0.002
 
 
@@ -108,7 +109,7 @@ def _write_outcome(connection: Connection, host: Host, outcome: Outcome) -> tupl
 
 
 def _write_hand_over(connection: Connection, host: Host, step: HandOver, unit: Unit) -> bool:
-    message = next((m for m in unit.messages if m.task_id == step.task_id), None)
+    message = unit.message_of(step.task_id)
     held = step.fence.stamp or step.stamp
     parameters = {
         "id": step.task_id,

@@ -19,6 +19,7 @@ from celery.signals import before_task_publish
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.compression import compress
 from kombu.serialization import dumps
+from kombu.utils.encoding import ensure_bytes
 
 from celery_pgbarrier import compat, plain
 from celery_pgbarrier.dispatch import Envelope
@@ -147,7 +148,7 @@ def _envelope(
     for option in ("headers", "retry", "retry_policy", "timeout", "confirm_timeout"):
         options.pop(option, None)
     content_type, encoding, payload = dumps(body, options.pop("serializer", None) or serializer)
-    payload = payload.encode(encoding) if isinstance(payload, str) else payload
+    payload = ensure_bytes(payload)
     compression = options.pop("compression", None)
     if compression:
         payload, headers["compression"] = compress(payload, compression)

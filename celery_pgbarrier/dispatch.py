@@ -15,6 +15,8 @@ from celery_pgbarrier import faults
 
 logger = logging.getLogger(__name__)
 
+#: The message header that carries the stamp.
+STAMP = "pgb"
 #: One quick second try, for a pooled connection that has gone stale; the reaper does the rest.
 _RETRY_POLICY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
 
@@ -55,8 +57,8 @@ class Envelope:
 
     def copied(self, copy: int) -> Envelope:
         """Return the envelope with its stamp telling which copy of the message it is."""
-        stamp = {**self.headers.get("pgb", {}), "copy": copy}
-        return replace(self, headers={**self.headers, "pgb": stamp})
+        stamp = {**self.headers.get(STAMP, {}), "copy": copy}
+        return replace(self, headers={**self.headers, STAMP: stamp})
 
     def request(self) -> dict[str, Any]:
         """Return the fields of the task request that a worker would make of the message."""

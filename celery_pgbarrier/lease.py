@@ -104,7 +104,7 @@ class Attempt:
 
     def own_message(self) -> Message | None:
         """Return the caught message that carries the task on: a retry or a replacement."""
-        return next((m for m in self.unit.messages if m.task_id == self.task_id), None)
+        return self.unit.message_of(self.task_id)
 
     def fence(self) -> Fence:
         """Return the word on which this attempt's outcome stands."""

@@ -12,7 +12,7 @@ from celery.utils.log import get_logger
 from celery_pgbarrier import barrier, capture, compat, lease
 from celery_pgbarrier.dispatch import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict
-from celery_pgbarrier.lease import Attempt
+from celery_pgbarrier.lease import Attempt, Held
 from celery_pgbarrier.results import Results
 from celery_pgbarrier.unit import STAMP, Outcome, Unit, all_ids
 
@@ -185,16 +185,20 @@ class Outcomes(Results):
 
     def _recorded_request(self, task_id: str) -> Context | None:
         """Return the request that a worker would make of a task's recorded message."""
-        row = lease.inspect(self, task_id, PARENT_PATIENCE)
-        if row is None or row.message is None:
-            return None
-        return Context(Envelope.decode(row.message).request())
+        return recorded_request(lease.inspect(self, task_id, PARENT_PATIENCE))
 
     def closing_unit(
         self, closing: barrier.Closing, refused: DispatchConflict | None = None
     ) -> tuple[str, Unit]:
         """Return what a complete chord leads to; see :mod:`celery_pgbarrier.backend`."""
         raise NotImplementedError
+
+
+def recorded_request(row: Held | None) -> Context | None:
+    """Return the request that a worker would make of a row's message, None without one."""
+    if row is None or row.message is None:
+        return None
+    return Context(Envelope.decode(row.message).request())
 
 
 def _recorded(request: Any) -> bool:

@@ -12,6 +12,7 @@ from celery.backends.base import BaseBackend
 from celery.exceptions import ImproperlyConfigured
 from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import ResultBase, result_from_tuple
+from kombu.utils.encoding import ensure_bytes
 
 from celery_pgbarrier import capture, compat, reaper
 from celery_pgbarrier.settings import Settings, load
@@ -89,8 +90,8 @@ class Results(BaseBackend):  # type: ignore[misc]
 
     def _meta(self, result: Any, state: str, traceback: Any, request: Any) -> bytes:
         meta = self._get_result_meta(result, state, traceback, request)
-        payload = self.encode(meta)
-        return payload.encode() if isinstance(payload, str) else bytes(payload)
+        payload: bytes = ensure_bytes(self.encode(meta))
+        return payload
 
     def _store_result(
         self,
@@ -149,10 +150,9 @@ class Results(BaseBackend):  # type: ignore[misc]
         self._database.count(sql.FORGET, {"id": task_id}, self._settings.dispatch_timeout)
 
     def _save_group(self, group_id: str, result: ResultBase) -> ResultBase:
-        payload = self.encode({"result": self.prepare_value(result)})
         parameters = {
             "id": group_id,
-            "result": payload.encode() if isinstance(payload, str) else payload,
+            "result": ensure_bytes(self.encode({"result": self.prepare_value(result)})),
             "expires": self.keep,
         }
         self._database.count(sql.GROUP_SAVE, parameters, self._settings.dispatch_timeout)
@@ -164,10 +164,12 @@ class Results(BaseBackend):  # type: ignore[misc]
         )
         if not rows:
             return None
-        value = self.decode(bytes(rows[0].result))["result"]
-        if not isinstance(value, ResultBase):
-            value = result_from_tuple(value, self.app)
-        return {"task_id": group_id, "result": value}
+        return {"task_id": group_id, "result": self._read_group(bytes(rows[0].result))}
+
+    def _read_group(self, payload: bytes) -> Any:
+        """Return an encoded group result; serializers other than pickle hold it as a tuple."""
+        value = self.decode(payload)["result"]
+        return value if isinstance(value, ResultBase) else result_from_tuple(value, self.app)
 
     def _delete_group(self, group_id: str) -> None:
         self._database.count(sql.GROUP_DELETE, {"id": group_id}, self._settings.dispatch_timeout)

@@ -9,12 +9,10 @@ from typing import Any, Protocol
 
 from celery import Celery
 
+from celery_pgbarrier.dispatch import STAMP as STAMP
 from celery_pgbarrier.dispatch import Envelope
 from celery_pgbarrier.settings import Settings
 from celery_pgbarrier.store.database import Database
-
-#: The message header that carries the stamp.
-STAMP = "pgb"
 
 
 class Host(Protocol):
@@ -176,6 +174,10 @@ class Unit:
         self.additions: list[Addition] = []
         self.sent_events: list[Callable[[Any], Any]] = []
         self.inline: list[Callable[[], None]] = []
+
+    def message_of(self, task_id: str) -> Message | None:
+        """Return the captured message of a task."""
+        return next((m for m in self.messages if m.task_id == task_id), None)
 
     @property
     def messages(self) -> list[Message]:
