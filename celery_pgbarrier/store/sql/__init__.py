@@ -1,0 +1,10 @@
+"""Every statement, named, with a line of purpose.  ``{s}`` stands for the schema prefix."""
+
+from celery_pgbarrier.store.sql.barriers import *
+from celery_pgbarrier.store.sql.claims import *
+from celery_pgbarrier.store.sql.messages import *
+from celery_pgbarrier.store.sql.outcomes import *
+from celery_pgbarrier.store.sql.purge import *
+from celery_pgbarrier.store.sql.results import *
+from celery_pgbarrier.store.sql.statements import Statements as Statements
+from celery_pgbarrier.store.sql.workers import *

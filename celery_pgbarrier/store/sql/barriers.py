@@ -1,0 +1,126 @@
+"""Barriers and their members: opened, added to, released."""
+
+from __future__ import annotations
+
+#: Open a barrier; a second time for the same call changes nothing, a new call needs a closed one.
+BARRIER_OPEN = """
+INSERT INTO {s}pgbarrier_barrier AS b
+       (id, call, size, open_slots, state, ready_at, body, structure)
+VALUES (:id, CAST(:call AS uuid), :size, :slots, :state,
+        CASE WHEN :state = 'ready' THEN clock_timestamp() END, :body,
+        CAST(:structure AS bytea))
+ON CONFLICT (id) DO UPDATE SET call = EXCLUDED.call, size = EXCLUDED.size,
+    open_slots = EXCLUDED.open_slots, state = EXCLUDED.state, ready_at = EXCLUDED.ready_at,
+    body = EXCLUDED.body, structure = EXCLUDED.structure, created_at = clock_timestamp(),
+    closed_at = NULL, expires_at = NULL
+ WHERE b.call <> EXCLUDED.call AND b.state IN ('released', 'failed', 'cancelled')
+RETURNING id
+"""
+
+BARRIER_CALL = "SELECT CAST(call AS text) FROM {s}pgbarrier_barrier WHERE id = :id"
+
+#: Members of an earlier run of a barrier whose ids are used again.
+BARRIER_RESET = """
+WITH gone AS (DELETE FROM {s}pgbarrier_slot WHERE barrier_id = :id)
+UPDATE {s}pgbarrier_task SET barrier_id = NULL
+ WHERE barrier_id = :id AND state = 'done'
+"""
+
+SLOTS_OPEN = """
+INSERT INTO {s}pgbarrier_slot (barrier_id, slot, remaining)
+SELECT :id, slot, remaining
+  FROM unnest(CAST(:slots AS integer[]), CAST(:remaining AS integer[])) AS x (slot, remaining)
+"""
+
+#: Record messages and expected tasks; rows that live under another call are left alone.
+TASKS_RECORD = """
+INSERT INTO {s}pgbarrier_task AS t
+       (id, call, barrier_id, slot, position, state, name, queue, message, eta, due_at)
+SELECT x.id, CAST(x.call AS uuid), x.barrier_id, x.slot, x.position,
+       CASE WHEN x.message IS NULL THEN 'expected' ELSE 'queued' END,
+       x.name, x.queue, x.message, CAST(x.eta AS timestamptz),
+       CASE WHEN x.message IS NULL THEN NULL
+            ELSE clock_timestamp() + make_interval(secs => :grace) END
+  FROM unnest(CAST(:ids AS text[]), CAST(:calls AS text[]), CAST(:barriers AS text[]),
+              CAST(:slots AS integer[]), CAST(:positions AS integer[]), CAST(:names AS text[]),
+              CAST(:queues AS text[]), CAST(:messages AS bytea[]), CAST(:etas AS text[]))
+       AS x (id, call, barrier_id, slot, position, name, queue, message, eta)
+ON CONFLICT (id) DO UPDATE SET
+    origin = CASE WHEN t.state = 'expected' THEN COALESCE(t.origin, t.call) END,
+    call = EXCLUDED.call, seq = 0, state = EXCLUDED.state, name = EXCLUDED.name,
+    queue = EXCLUDED.queue, message = EXCLUDED.message, eta = EXCLUDED.eta,
+    due_at = EXCLUDED.due_at, published_at = NULL, publications = 0, copies = 0, attempt = 0,
+    crashes = 0,
+    status = CASE WHEN t.state = 'expected' THEN t.status ELSE 'PENDING' END,
+    result = CASE WHEN t.state = 'expected' THEN t.result END,
+    expires_at = NULL, done_at = NULL,
+    barrier_id = COALESCE(EXCLUDED.barrier_id,
+                          CASE WHEN t.state = 'expected' THEN t.barrier_id END),
+    slot = COALESCE(EXCLUDED.slot, CASE WHEN t.state = 'expected' THEN t.slot END),
+    position = COALESCE(EXCLUDED.position, CASE WHEN t.state = 'expected' THEN t.position END)
+ WHERE (t.state = 'expected' AND EXCLUDED.message IS NOT NULL
+        AND (t.barrier_id IS NULL OR EXCLUDED.barrier_id IS NULL
+             OR t.barrier_id = EXCLUDED.barrier_id))
+    OR (t.state IN ('done', 'untracked') AND t.call IS DISTINCT FROM EXCLUDED.call
+        AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_barrier b WHERE b.id = t.barrier_id
+                        AND b.state IN ('waiting', 'ready')))
+RETURNING t.id
+"""
+
+#: Which of these ids belong to another call or barrier (an id that is used while its first run
+#: goes on).
+TASKS_FOREIGN = """
+SELECT t.id FROM {s}pgbarrier_task t
+  JOIN unnest(CAST(:ids AS text[]), CAST(:calls AS text[]), CAST(:barriers AS text[]))
+       AS x (id, call, barrier_id) ON x.id = t.id
+ WHERE (t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state <> 'expected')
+    OR (t.state = 'expected' AND t.barrier_id <> x.barrier_id)
+ LIMIT 1
+"""
+
+#: A task of a chord's body that is being run for another call.
+BODY_LIVE = """
+SELECT t.id FROM {s}pgbarrier_task t
+  JOIN unnest(CAST(:ids AS text[]), CAST(:calls AS text[])) AS x (id, call) ON x.id = t.id
+ WHERE t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state IN ('queued', 'running') LIMIT 1
+"""
+
+#: One more member, in the slot of the member that adds it (never empty while that one runs).
+MEMBER_ADD = """
+WITH adder AS (
+    SELECT t.slot, t.position FROM {s}pgbarrier_task t
+     WHERE t.id = :adder AND t.barrier_id = :barrier
+), slot AS (
+    UPDATE {s}pgbarrier_slot s SET remaining = s.remaining + 1 FROM adder
+     WHERE s.barrier_id = :barrier AND s.slot = adder.slot AND s.remaining > 0
+       AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_task WHERE id = :id)
+    RETURNING s.slot
+)
+INSERT INTO {s}pgbarrier_task (id, barrier_id, slot, position, state)
+SELECT :id, :barrier, slot.slot, adder.position, 'expected' FROM slot, adder
+"""
+
+#: Lock a barrier that is ready; none where another process is releasing it.
+BARRIER_LOCK = """
+SELECT id, CAST(call AS text) AS call, body, structure, size FROM {s}pgbarrier_barrier
+ WHERE id = :id AND state = 'ready' FOR UPDATE SKIP LOCKED
+"""
+
+BARRIER_MEMBERS = """
+SELECT id, result FROM {s}pgbarrier_task
+ WHERE barrier_id = :id ORDER BY position, created_at, id
+"""
+
+BARRIER_CLOSE = """
+UPDATE {s}pgbarrier_barrier
+   SET state = :state, closed_at = clock_timestamp(),
+       expires_at = clock_timestamp() + make_interval(secs => CAST(:expires AS float8))
+ WHERE id = :id
+"""
+
+#: Barriers that were complete and whose finisher died before the release.
+BARRIERS_READY = """
+SELECT id FROM {s}pgbarrier_barrier
+ WHERE state = 'ready' AND ready_at < clock_timestamp() - make_interval(secs => :grace)
+ ORDER BY ready_at LIMIT :limit
+"""

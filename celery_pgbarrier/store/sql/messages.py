@@ -1,0 +1,73 @@
+"""Recorded messages: published, overdue, probed for, published again."""
+
+from __future__ import annotations
+
+#: The broker has them, in this order; from now on they are overdue after republish_after.
+TASKS_PUBLISHED = """
+UPDATE {s}pgbarrier_task AS t
+   SET published_at = now() + x.place * interval '1 microsecond',
+       due_at = GREATEST(now(), t.eta) + make_interval(secs => :after)
+  FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
+ WHERE t.id = x.id AND t.state = 'queued' AND t.due_at IS NOT NULL AND t.published_at IS NULL
+"""
+
+#: Messages that should have been claimed by now.
+TASKS_DUE = """
+SELECT id, queue, published_at, publications, EXTRACT(epoch FROM clock_timestamp() - created_at)
+       AS age
+  FROM {s}pgbarrier_task
+ WHERE due_at <= clock_timestamp() AND state = 'queued'
+ ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED
+"""
+
+#: How far each queue has got: the youngest message that is being run (a claim through an old copy
+#: of a message that was published again has no time of publication), or that was a probe and has
+#: been claimed since.  A probe keeps the time of its earlier publication.
+QUEUES_MOVED = """
+SELECT queue, max(published_at) AS through FROM {s}pgbarrier_task
+ WHERE worker IS NOT NULL AND queue = ANY(CAST(:queues AS text[])) GROUP BY queue
+UNION ALL
+SELECT q.name, CASE WHEN t.state <> 'queued' AND t.published_at = q.probe_of
+                    THEN GREATEST(q.claimed_through, q.probe_of) ELSE q.claimed_through END
+  FROM {s}pgbarrier_queue q LEFT JOIN {s}pgbarrier_task t ON t.id = q.probe_id
+ WHERE q.name = ANY(CAST(:queues AS text[]))
+"""
+
+#: Whether a queue's probe still waits in it; a probe may be lost too, so it counts for a while.
+PROBES_OUT = """
+SELECT q.name FROM {s}pgbarrier_queue q JOIN {s}pgbarrier_task t ON t.id = q.probe_id
+ WHERE q.name = ANY(CAST(:queues AS text[])) AND t.state = 'queued'
+   AND q.probe_sent_at > clock_timestamp() - make_interval(secs => :after)
+"""
+
+PROBE_SENT = """
+INSERT INTO {s}pgbarrier_queue (name, probe_id, probe_of, probe_sent_at, claimed_through)
+VALUES (:queue, :id, :of, clock_timestamp(), CAST(:through AS timestamptz))
+ON CONFLICT (name) DO UPDATE SET probe_id = EXCLUDED.probe_id, probe_of = EXCLUDED.probe_of,
+    probe_sent_at = EXCLUDED.probe_sent_at,
+    claimed_through = GREATEST({s}pgbarrier_queue.claimed_through, EXCLUDED.claimed_through)
+"""
+
+#: Take messages up: their next due time is set before they are published.
+TASKS_ADVANCE = """
+UPDATE {s}pgbarrier_task AS t
+   SET publications = t.publications + 1, copies = t.copies + 1,
+       published_at = CASE WHEN t.id = ANY(CAST(:probes AS text[])) THEN t.published_at
+                           ELSE now() + x.place * interval '1 microsecond' END,
+       due_at = GREATEST(now(), t.eta)
+                + make_interval(secs => :after * power(2, LEAST(t.publications, 12)))
+  FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
+ WHERE t.id = x.id
+RETURNING t.id, t.message, t.copies, x.place
+"""
+
+#: Look at messages again later (their queue is a backlog, or the broker is away).
+TASKS_DEFER = """
+UPDATE {s}pgbarrier_task SET due_at = clock_timestamp() + make_interval(secs => :after),
+       published_at = CASE WHEN CAST(:unpublished AS boolean) THEN NULL ELSE published_at END,
+       publications = CASE WHEN CAST(:unpublished AS boolean) THEN GREATEST(publications - 1, 0)
+                           ELSE publications END
+ WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued'
+"""
+
+MESSAGE = "SELECT message, copies FROM {s}pgbarrier_task WHERE id = :id AND state = 'queued'"

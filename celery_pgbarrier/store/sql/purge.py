@@ -1,0 +1,43 @@
+"""What has expired is deleted."""
+
+from __future__ import annotations
+
+#: Workers that are gone, hold nothing and have been gone for long.
+WORKERS_PURGE = """
+DELETE FROM {s}pgbarrier_worker w
+ WHERE w.state IN ('dead', 'stopped')
+   AND w.beat_at < clock_timestamp() - make_interval(secs => :age)
+   AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_task t WHERE t.worker = w.id)
+"""
+
+#: Finished rows past their expiry that belong to no barrier.
+PURGE_TASKS = """
+DELETE FROM {s}pgbarrier_task WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM {s}pgbarrier_task WHERE expires_at < clock_timestamp()
+     AND state IN ('done', 'untracked') AND barrier_id IS NULL
+     ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED))
+"""
+
+PURGE_GROUPS = """
+DELETE FROM {s}pgbarrier_group WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM {s}pgbarrier_group WHERE expires_at < clock_timestamp()
+     ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED))
+"""
+
+#: The barrier that expired first; its members go before it.
+EXPIRED_BARRIER = """
+SELECT id FROM {s}pgbarrier_barrier WHERE expires_at < clock_timestamp()
+ ORDER BY expires_at LIMIT 1 FOR UPDATE SKIP LOCKED
+"""
+
+PURGE_MEMBERS = """
+DELETE FROM {s}pgbarrier_task WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM {s}pgbarrier_task WHERE barrier_id = :id LIMIT :limit
+       FOR UPDATE SKIP LOCKED))
+"""
+
+PURGE_BARRIER = """
+WITH slots AS (DELETE FROM {s}pgbarrier_slot WHERE barrier_id = :id)
+DELETE FROM {s}pgbarrier_barrier WHERE id = :id
+   AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_task WHERE barrier_id = :id)
+"""
