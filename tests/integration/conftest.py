@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.support.inline import InlineWorker, workers
 from tests.support.tables import Tables, close_pools
 from tests.support.waiting import wait_until
 from tests.support.wire import Wire
+from tests.support.world import KINDS, World, open_world
 
 __all__ = ["InlineWorker"]
 
@@ -121,3 +123,24 @@ def each_driver(
     """The app through each of the two drivers."""
     url = databases.with_driver(database_url, request.param)
     return make_app(redis_broker, databases.backend_url(url))
+
+
+@pytest.fixture(params=list(KINDS))
+def world(
+    request: pytest.FixtureRequest,
+    make_app: Callable[..., Celery],
+    redis_broker: Broker,
+    emptied_database_url: str,
+    tmp_path: Path,
+) -> Iterator[World]:
+    """The test is run with claimed tasks, with plain ones, and on Celery's Redis backend.
+
+    ``@pytest.mark.settings(key=value)`` adds to the app.
+    """
+    marker = request.node.get_closest_marker("settings")
+    settings = marker.kwargs if marker else {}
+    path = tmp_path / "notes"
+    with open_world(
+        request.param, make_app, redis_broker, emptied_database_url, path, **settings
+    ) as made:
+        yield made

@@ -3,88 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from celery import Celery, chain, chord, group
+from celery import chain, chord, group
 from celery.exceptions import ChordError
-from celery.result import GroupResult
 
-from celery_pgbarrier.backend import BarrierBackend
-from tests.support import databases, tasks
-from tests.support.brokers import Broker
-from tests.support.inline import InlineWorker, workers
-from tests.support.tables import Tables
-from tests.support.tasks import notes, plain
+from tests.support.tasks import notes
+from tests.support.world import World, value
 
 pytestmark = [
     # What Celery's Redis backend uses of its client.
     pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:task_allow_error_cb_on_chord_header"),
 ]
-
-claimed = SimpleNamespace(**{name: getattr(tasks, name) for name in vars(plain)})
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    return emptied_database_url
-
-
-@dataclass
-class World:
-    """A backend, tasks of one kind, a worker, and a file for what tasks tell."""
-
-    t: Any
-    app: Celery
-    worker: InlineWorker
-    path: Path
-    tables: Tables | None
-
-    @property
-    def ours(self) -> bool:
-        return isinstance(self.app.backend, BarrierBackend)
-
-    def nothing_open(self) -> bool:
-        """Whether every barrier is closed and every message was used up."""
-        if self.tables is None:
-            return True
-        open_ones = self.tables.count("barrier", "state IN ('waiting', 'ready')")
-        return not open_ones and not self.tables.count("task", "state <> 'done'")
-
-
-@pytest.fixture(params=["claimed", "plain", "redis"])
-def world(
-    request: pytest.FixtureRequest,
-    make_app: Callable[..., Celery],
-    redis_broker: Broker,
-    database_url: str,
-    tmp_path: Path,
-) -> Iterator[World]:
-    ours = request.param != "redis"
-    options: dict[str, Any] = {}
-    if ours:
-        url = databases.backend_url(database_url)
-    else:  # in the corner of the broker, so that nothing is left behind
-        url = redis_broker.url
-        options["result_backend_transport_options"] = redis_broker.transport_options
-    app = make_app(redis_broker, url, **options)
-    kinds = {"claimed": claimed, "plain": plain, "redis": plain}
-    with workers(app, redis_broker) as make:
-        yield World(
-            kinds[request.param], app, make(), tmp_path / "notes",
-            Tables(database_url) if ours else None,
-        )  # fmt: skip
-    if not ours:
-        consumer = app.backend.result_consumer
-        consumer.stop()
-        consumer._pubsub = None  # or each result that is collected later connects again
-        app.backend.client.connection_pool.disconnect()
-
 
 Canvas = Callable[[World], Any]
 
@@ -277,14 +210,6 @@ def test_value(world: World, name: str) -> None:
     if world.ours:
         assert result.get(timeout=5) == expected
     assert world.nothing_open()
-
-
-def value(result: Any) -> Any:
-    """What a result has come to; looked up, for ``get`` would open connections to Redis."""
-    if isinstance(result, GroupResult):
-        return [value(child) for child in result.results]
-    assert result.state == "SUCCESS"
-    return result.result
 
 
 def test_results_stand_in_header_order_whatever_the_order_of_their_ends(world: World) -> None:
