@@ -1,4 +1,4 @@
-"""One canvas, three ways: claimed tasks on our backend, plain ones on ours, plain ones on Redis's."""
+"""A canvas, three ways: claimed tasks on our backend, plain ones on ours, plain ones on Redis."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ def open_world(
         url = broker.url
         settings["result_backend_transport_options"] = broker.transport_options
     app = make_app(broker, url, **settings)
+    if kind != "claimed":
+        app.task_cls = "celery.app.task:Task"  # also for Celery's own tasks
     with workers(app, broker) as make:
         yield World(kind, KINDS[kind], app, make(), path, Tables(database_url) if ours else None)
     if not ours:
