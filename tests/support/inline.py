@@ -13,6 +13,7 @@ from celery.exceptions import TaskRevokedError
 from celery.utils.imports import symbol_by_name
 from celery.worker import state
 from celery.worker.request import Request, create_request_cls
+from kombu.serialization import prepare_accept_content
 
 from celery_pgbarrier import lease
 from tests.support.brokers import Broker
@@ -55,7 +56,7 @@ class InlineWorker:
             message = self.app.amqp.queues[name](channel).get()
             if message is None:
                 return None
-            message.accept = None
+            message.accept = prepare_accept_content(self.app.conf.accept_content)
             # The connection ends here: nothing of this test is about what the broker does
             # with a message that was never acknowledged.
             message.ack()
