@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: test demo lint wheel-smoke clean help
+.PHONY: test demo lint wheel-smoke conformance clean help
 .NOTPARALLEL:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test         the whole suite; PYTEST_ARGS='-k reaper' for a part"
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make wheel-smoke  build the wheel, install it elsewhere, use it"
+	@echo "make conformance  Celery's own integration suites on its backends and on ours; VERSIONS= BROKERS= BACKENDS= FILES="
 	@echo "make clean        remove the environment and all caches"
 
 demo: $(VENV)/.demo
@@ -33,6 +34,11 @@ lint: $(VENV)/.lint
 
 wheel-smoke: $(VENV)/.lint
 	tests/smoke/run $(BIN)/python
+
+# A selection is words in quotes: make conformance VERSIONS=5.7.0 FILES='test_canvas test_tasks'
+conformance: $(VENV)/.test
+	$(BIN)/python -m tests.conformance $(if $(VERSIONS),--versions='$(VERSIONS)') $(if $(BROKERS),--brokers='$(BROKERS)') \
+		$(if $(BACKENDS),--backends='$(BACKENDS)') $(if $(FILES),--files='$(FILES)') $(CONFORMANCE_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
