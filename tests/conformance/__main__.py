@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 def main(arguments: list[str] | None = None) -> int:
     """Run what is selected; 1 where a test passes on Redis and, unexplained, not on ours."""
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers and databases are removed
     jobs = report.jobs_of(options.versions, options.brokers, options.backends, options.files)
     found = _from_kept(jobs) if options.kept else _run(jobs, options)
     found_tables = report.tables(found)
@@ -72,7 +74,13 @@ def _run(jobs: list[Job], options: argparse.Namespace) -> list[Outcome]:
         }
         runner = Runner(services, packages, options.only)
         pool = stack.enter_context(ThreadPoolExecutor(options.jobs))
-        return list(pool.map(lambda job: _one(runner, prepared[job.version], job, options), jobs))
+        runs = [pool.submit(_one, runner, prepared[job.version], job, options) for job in jobs]
+        try:
+            return [run.result() for run in runs]
+        except BaseException:
+            runner.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _package(suite: Suite, target: Path) -> Path:

@@ -35,7 +35,18 @@ LEFT_OUT = (
 )
 
 #: Tests that pass on Celery's Redis backend and not on ours.
-DIFFERENCES: tuple[Entry, ...] = ()
+DIFFERENCES = (
+    Entry(
+        r"::test_chord::test_generator\[",
+        "wants the first member run while the header's generator is still being read; a chord call "
+        "is atomic here, so nothing is published before the generator has ended",
+    ),
+    Entry(
+        r"::test_nested_chord_header_link_error$",
+        "counts one errback, that of the inner chord, because Redis leaves the outer chord pending "
+        "for ever; ours fails the outer chord too, and so calls its errback as well",
+    ),
+)
 
 
 def left_out() -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from tests.conformance.exceptions import left_out
 from tests.conformance.outcomes import Job, Outcome, Verdict, read_report
 from tests.conformance.suites import Suite
 from tests.support.brokers import virtual_host
-from tests.support.databases import temporary_database
+from tests.support.databases import temporary_database, with_driver
 from tests.support.services import Services
 
 PLUGIN = Path(__file__).parent / "plugin"
@@ -35,6 +35,10 @@ FILE_SECONDS = 45 * 60
 
 # Where there is one RabbitMQ virtual host for all, one run at a time.
 _one_virtual_host = threading.Lock()
+
+
+class Stopped(Exception):
+    """The runner was stopped before a run had ended."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,18 @@ class Runner:
         self._services = services
         self._packages = packages
         self._only = ["-k", only] if only else []
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Let the runs of other threads end now; their outcomes are worth nothing."""
+        self._stopped.set()
 
     def run(self, suite: Suite, job: Job) -> Outcome:
-        """Run a file; what failed is run again, once, by itself."""
+        """Run a file; what failed is run again, once, by itself.
+
+        Raises:
+            Stopped: the runner was stopped.
+        """
         started = time.monotonic()
         outcome = Outcome(job, date=f"{datetime.date.today():%Y-%m-%d}")
         outcome.tests = self._tests(suite, job, [f"{job.file}.py"])
@@ -84,9 +97,10 @@ class Runner:
         rabbitmq = self._rabbitmq() if job.broker == "rabbitmq" else nullcontext("")
         with (
             EmbeddedBroker() as redis,
-            temporary_database(self._services.postgres) as database,
+            temporary_database(self._services.postgres) as database_url,
             rabbitmq as virtual_host_url,
         ):
+            database = with_driver(database_url, "psycopg2")
             backends = {
                 "redis": redis.url(),
                 "database": f"db+{database}",
@@ -115,17 +129,25 @@ class Runner:
             cwd=suite.source,
             env=self._environment(suite, job, place, report),
         )
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(FILE_SECONDS)
-        with suppress(ProcessLookupError):  # and whatever it left running
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        self._wait(process)
         found = read_report(report)
         if process.returncode not in (0, 1, 5) or not (found or self._only):
             tail = " | ".join(log.read_text(errors="replace").splitlines()[-8:])
             ended = f"pytest ended with {process.returncode}: {tail}"
             found[f"{job.file}.py"] = Verdict("failed", ended)
         return found
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a run ends, its time is over or the runner is stopped; end all of it then."""
+        deadline = time.monotonic() + FILE_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            if self._stopped.wait(0.2):
+                break
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if self._stopped.is_set():
+            raise Stopped
 
     def _environment(self, suite: Suite, job: Job, place: Place, report: Path) -> dict[str, str]:
         ours = job.backend == OURS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[2]
 #: Inside the environment of the checkout, so that `make clean` removes it.
 CACHE = CHECKOUT / ".venv/conformance"
-METADATA = CHECKOUT / "setup.cfg"
 
 VERSIONS = ("5.7.0", "5.6.3", "5.5.3")
 FILES = (
@@ -54,21 +54,28 @@ class Suite:
 
 
 def prepare(version: str) -> Suite:
-    """Return the suite of a version; what it needs is fetched first, and when that changed.
+    """Return the suite of a version; what it needs is fetched the first time.
 
     Raises:
         subprocess.CalledProcessError: pip could not fetch or install something.
     """
-    place = CACHE / f"celery-{version}"
+    place = CACHE / f"celery-{version}-{_requirements_hash()}"
     suite = Suite(version, place / "source", place / "environment")
     complete = place / "complete"
-    if not complete.exists() or complete.stat().st_mtime < METADATA.stat().st_mtime:
+    if not complete.exists():
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         _unpack(version, place, suite.source)
         _install(version, suite)
         complete.touch()
     return suite
+
+
+def _requirements_hash() -> str:
+    """Return what tells environments with other requirements apart: this package's and ours."""
+    digest = hashlib.sha256((CHECKOUT / "setup.cfg").read_bytes())
+    digest.update(" ".join((EXTRAS, *REQUIREMENTS)).encode())
+    return digest.hexdigest()[:8]
 
 
 def install_package(python: Path, target: Path) -> None:

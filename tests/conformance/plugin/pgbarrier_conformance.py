@@ -99,7 +99,8 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Gather the phases of a test, and its subtests, into one outcome: the worst."""
     entry = _reports.setdefault(report.nodeid, dict(UNKNOWN))
-    entry["seconds"] += report.duration
+    if not hasattr(report, "context"):  # a subtest, whose time is part of its test's
+        entry["seconds"] += report.duration
     if entry["outcome"] == "failed":
         return
     if report.failed:
