@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --rounds 3
 # Worker processes of the suite. Most tests wait for processes of their own, so cores are no limit.
 WORKERS ?= 2
 
@@ -9,12 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: test demo lint wheel-smoke conformance clean help
+.PHONY: test demo bench lint wheel-smoke conformance clean help
 .NOTPARALLEL:
 
 help:
 	@echo "make demo         a chord over the standard library, while workers are killed and the broker forgets"
 	@echo "make test         the whole suite; PYTEST_ARGS='-k reaper' for a part"
+	@echo "make bench        beside Celery's own backends; BENCH_ARGS='--questions chord,get --quick' for a part"
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make wheel-smoke  build the wheel, install it elsewhere, use it"
 	@echo "make conformance  Celery's own integration suites on its backends and on ours; VERSIONS= BROKERS= BACKENDS= FILES="
@@ -25,6 +27,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
+
+bench: $(VENV)/.test $(VENV)/.bench
+	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
@@ -50,6 +55,6 @@ $(VENV)/.python:
 	$(PYTHON) -m venv --clear $(VENV)
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.python setup.cfg pyproject.toml
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.python setup.cfg pyproject.toml
 	$(PIP) install --editable '.[$*]'
 	touch $@

@@ -1,0 +1,1 @@
+"""What this package costs beside Celery's own backends: ``python -m benchmarks.bench --help``."""

@@ -1,0 +1,127 @@
+"""Members of one barrier that finish at once, in SQL alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import uuid
+from pathlib import Path
+
+from sqlalchemy import make_url
+
+from benchmarks.peers import Lab, Peer
+from benchmarks.plan import Plan
+from benchmarks.records import Book
+from celery_pgbarrier.store import sql as statements
+from tests.support.databases import autocommit
+
+TITLE = "Members completed per second into one barrier, in SQL alone (pgbench)"
+
+#: The next member of this client: clients take turns over the positions.
+NEXT = "\\set i :i + 1\n\\set k (:i - 1) * :clients + :client_id\n"
+ID = "'m' || :k"
+TOKEN = "md5('m' || :k)::uuid"
+RESULT = "'\\x7b22737461747573223a202253554343455353222c2022726573756c74223a20317d'"
+
+#: What the parameters of the FINISH statement stand for.
+VALUES = {
+    "id": ID,
+    "token": TOKEN,
+    "write_token": "gen_random_uuid()",
+    "call": "NULL",
+    "seq": "0",
+    "attempt": "1",
+    "status": "'SUCCESS'",
+    "visible": "true",
+    "result": RESULT,
+    "expires": "86400",
+}
+
+#: The limit: the same columns of the same rows, one commit each, and nothing counted.
+ROWS = f"""
+UPDATE pgbarrier_task SET state = 'done', status = 'SUCCESS', result = {RESULT}, token = NULL,
+       last_token = gen_random_uuid(), worker = NULL, message = NULL, due_at = NULL,
+       done_at = clock_timestamp()
+ WHERE id = {ID} AND state = 'running' AND token = {TOKEN}
+"""
+#: What a naive barrier does: all members lock one row.
+COUNTER = f"""
+WITH done AS ({ROWS.strip()} RETURNING 1)
+UPDATE bench_counter SET remaining = remaining - 1 FROM done RETURNING remaining
+"""
+
+
+def finish() -> str:
+    """Our statement with pgbench's variables for parameters."""
+
+    def value(match: re.Match[str]) -> str:
+        return VALUES.get(match[1], "NULL")
+
+    return re.sub(r"(?<![:\w]):([a-z_]+)", value, statements.FINISH.replace("{s}", ""))
+
+
+def run(lab: Lab, plan: Plan, book: Book) -> None:
+    """Three statements take turns; each finishes all members of a barrier of its own."""
+    program = shutil.which("pgbench")
+    if program is None:
+        raise FileNotFoundError("pgbench is not installed")
+    lab.stop_workers()
+    peer = lab.fresh()
+    scripts = {"rows alone": ROWS, "counted by us": finish(), "one counter row": COUNTER}
+    for clients in plan.pick(full=(1, 4, 16, 64), short=(1, 4, 16, 64), quick=(1, 4)):
+        size = plan.pick(full={1: 1000}, short={1: 1000}, quick={1: 200}).get(clients)
+        size = size or plan.pick(full=200, short=100, quick=20) * max(clients, 16)
+        for number in range(plan.pick(plan.rounds, 3, 1)):
+            names = list(scripts)
+            for name in names[number % 3 :] + names[: number % 3]:
+                _prepare(peer, size)
+                rate = _race(program, peer, scripts[name], clients, size, lab.folder)
+                book.add(f"{clients} connections", name, "/s", rate, base="rows alone")
+
+
+def _prepare(peer: Peer, size: int) -> None:
+    """One barrier whose members are all running, with ids and tokens that pgbench can make."""
+    assert peer.database
+    queue = f"{peer.broker.queue}-{uuid.uuid4().hex[:6]}"
+    with autocommit(peer.database) as connection:
+        peer.producer.call("ping")
+        if connection.exec_driver_sql("SELECT to_regclass('pgbarrier_task')").scalar():
+            for table in ("pgbarrier_task", "pgbarrier_barrier", "pgbarrier_slot"):
+                connection.exec_driver_sql(f"TRUNCATE {table}")
+        peer.producer.call("dispatch", size=size, queue=queue)
+        peer.drop_queue(queue)
+        connection.exec_driver_sql("DROP TABLE IF EXISTS bench_counter")
+        connection.exec_driver_sql(f"CREATE TABLE bench_counter AS SELECT {size} AS remaining")
+        connection.exec_driver_sql("""
+            UPDATE pgbarrier_task t SET id = 'm' || n.k, state = 'running', attempt = 1,
+                   token = md5('m' || n.k)::uuid, worker = gen_random_uuid(), due_at = NULL
+              FROM (SELECT id, row_number() OVER (ORDER BY position) - 1 AS k
+                      FROM pgbarrier_task WHERE barrier_id IS NOT NULL) AS n
+             WHERE t.id = n.id
+        """)
+        for table in ("pgbarrier_task", "pgbarrier_barrier", "pgbarrier_slot"):
+            connection.exec_driver_sql(f"VACUUM (FULL, ANALYZE) {table}")
+        connection.exec_driver_sql("CHECKPOINT")
+
+
+def _race(program: str, peer: Peer, script: str, clients: int, size: int, folder: Path) -> float:
+    assert peer.database
+    url, path = make_url(peer.database), folder / "finish.sql"
+    path.write_text(NEXT + " ".join(script.split()) + ";\n")
+    command = [
+        program, "--no-vacuum", f"--client={clients}", f"--jobs={min(clients, 2)}",
+        f"--transactions={size // clients}", f"--file={path}",
+        "-D", "i=0", "-D", f"clients={clients}",
+        "-h", str(url.host), "-p", str(url.port), "-U", str(url.username), str(url.database),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    found = re.search(r"tps = ([\d.]+) \(without", done.stdout)
+    if done.returncode or not found:
+        raise RuntimeError(f"pgbench: {done.stderr[-500:]}")
+    with autocommit(peer.database) as connection:
+        left = connection.exec_driver_sql(
+            "SELECT count(*) FROM pgbarrier_task WHERE state = 'running'"
+        ).scalar()
+    assert left == size % clients, f"{left} of {size} members were not finished"
+    return float(found[1])
