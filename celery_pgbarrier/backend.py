@@ -148,6 +148,7 @@ class BarrierBackend(Attempts):
     def _chord_failure(self, closing: Closing, body: Any, error: ChordError) -> Unit:
         unit = Unit(closing.call)
         ids = list(all_ids(body))
+        capture.hold_revokes(self.app)
         with capture.into(unit, outcomes=True), allow_join_result():
             try:
                 raise error

@@ -16,6 +16,7 @@ from typing import Any
 
 from celery import Celery, current_task
 from celery.signals import before_task_publish
+from celery.utils.log import get_logger
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.compression import compress
 from kombu.serialization import dumps
@@ -25,6 +26,8 @@ from celery_pgbarrier import compat, plain
 from celery_pgbarrier.dispatch import Envelope
 from celery_pgbarrier.lease import Attempt
 from celery_pgbarrier.unit import STAMP, Fence, Message, Stamp, Unit
+
+logger = get_logger(__name__)
 
 #: The request attribute that holds the running attempt.
 ATTEMPT = "pgb_attempt"
@@ -206,6 +209,36 @@ def install(app: Celery) -> None:
 
     send_task_message._pgbarrier = True  # type: ignore[attr-defined]
     app.amqp.send_task_message = send_task_message
+
+
+def hold_revokes(app: Celery) -> None:
+    """Let revokes that are sent while outcomes are recorded follow the commit.
+
+    Celery revokes the tasks of a group body that it has failed: a worker that hears of it before
+    their failures are there would store them as revoked.
+    """
+    revoke = app.control.revoke
+    if getattr(revoke, "_pgbarrier", False):
+        return
+
+    @wraps(revoke)
+    def held(*arguments: Any, **options: Any) -> Any:
+        unit = recording()
+        if unit is None:
+            return revoke(*arguments, **options)
+        unit.inline.append(partial(_try, revoke, *arguments, **options))
+        return None
+
+    held._pgbarrier = True  # type: ignore[attr-defined]
+    app.control.revoke = held
+
+
+def _try(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Do what may fail once all that matters is committed."""
+    try:
+        call(*arguments, **options)
+    except Exception as error:
+        logger.warning("A revoke was not sent, of tasks that have failed: %s", error)
 
 
 Record = Callable[[Unit], None]

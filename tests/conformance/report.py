@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from tests.conformance.exceptions import explanation
 from tests.conformance.outcomes import Job, Outcome, Verdict
@@ -131,12 +132,8 @@ def section(found: Iterable[Table]) -> str:
 def jobs_of(
     versions: Iterable[str], brokers: Iterable[str], backends: Iterable[str], files: Iterable[str]
 ) -> list[Job]:
-    """Return the jobs of a selection; those of one file next to each other."""
-    backends, files, brokers = list(backends), list(files), list(brokers)
+    """Return the jobs of a selection, file by file: the longest is the first."""
     return [
         Job(version, broker, backend, file)
-        for version in versions
-        for broker in brokers
-        for file in files
-        for backend in backends
+        for file, version, broker, backend in product(files, versions, brokers, backends)
     ]

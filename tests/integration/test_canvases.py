@@ -373,6 +373,27 @@ def test_failed_header_with_a_group_body(world: World) -> None:
     assert world.nothing_open()
 
 
+def test_the_failures_of_a_group_body_stand_before_it_is_revoked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is told of the revoke looks up the tasks' states, and keeps a failure."""
+    seen = []
+    broadcast = world.app.control.broadcast
+
+    def look(command: str, arguments: Any = None, **options: Any) -> Any:
+        if command == "revoke":
+            seen.extend(world.app.AsyncResult(task_id).state for task_id in arguments["task_id"])
+        return broadcast(command, arguments=arguments, **options)
+
+    monkeypatch.setattr(world.app.control, "broadcast", look)
+    chord([world.t.fail.s()], group(world.t.xsum.s(), world.t.identity.s())).delay()
+    world.worker.drain()
+
+    # Celery 5.5 does not revoke group bodies.
+    revokes = hasattr(world.app.backend, "_handle_group_chord_error")
+    assert seen == (["FAILURE", "FAILURE"] if revokes else [])
+
+
 def test_a_body_that_fails(world: World) -> None:
     body = world.t.fail.si("in the body").set(link_error=[world.t.noted_error.s(str(world.path))])
     result = chord([world.t.add.s(1, 1)], body).delay()
