@@ -12,7 +12,7 @@ from kombu.serialization import dumps
 from kombu.utils.encoding import ensure_bytes
 
 from celery_pgbarrier import capture, compat, lease, reaper
-from celery_pgbarrier.dispatch import Envelope
+from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable
 from celery_pgbarrier.lease import Attempt, Claim, Held, Loss, Verdict
 from celery_pgbarrier.outcomes import PARENT_PATIENCE, Outcomes, recorded_request

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,12 +24,10 @@ from celery_pgbarrier.errors import (
 from celery_pgbarrier.store import sql, tasks
 from celery_pgbarrier.store.database import Database
 from celery_pgbarrier.unit import (
-    STAMP,
     Barrier,
     Fence,
     HandOver,
     Host,
-    Message,
     Outcome,
     Stamp,
     Unit,
@@ -110,6 +109,8 @@ def _write_outcome(connection: Connection, host: Host, outcome: Outcome) -> tupl
 
 def _write_hand_over(connection: Connection, host: Host, step: HandOver, unit: Unit) -> bool:
     message = unit.message_of(step.task_id)
+    if message is not None:
+        message.stamp(step.stamp)
     held = step.fence.stamp or step.stamp
     parameters = {
         "id": step.task_id,
@@ -121,17 +122,12 @@ def _write_hand_over(connection: Connection, host: Host, step: HandOver, unit: U
         "seq": step.stamp.seq,
         "status": step.status,
         "result": step.result,
-        "message": _encoded(message, step.stamp) if message else None,
-        "queue": message.envelope.queue if message else None,
+        "message": message.encoded if message else None,
+        "queue": message.queue if message else None,
         "eta": message.eta if message else None,
         "grace": host.settings.publish_grace,
     }
     return connection.execute(host.database.sql[sql.HAND_OVER], parameters).rowcount == 1
-
-
-def _encoded(message: Message, stamp: Stamp) -> bytes:
-    message.envelope.headers[STAMP] = stamp.header(message.task_id)
-    return message.envelope.encode()
 
 
 def _write_primary(connection: Connection, host: Host, unit: Unit) -> str | None:
@@ -159,26 +155,28 @@ def _places(unit: Unit) -> dict[str, tuple[str, int, int]]:
     return places
 
 
-def _rows(unit: Unit) -> list[tasks.Row]:
-    """Return the rows of all messages and expected members of a unit."""
+def _rows(unit: Unit) -> Iterator[tasks.Row]:
+    """Yield the rows of all messages and expected members of a unit."""
     places = _places(unit)
+    own = unit.primary.task_id if isinstance(unit.primary, HandOver) else None
     messages = {message.task_id: message for message in unit.messages}
-    if isinstance(unit.primary, HandOver):  # its row is written with the claim's end
-        messages.pop(unit.primary.task_id, None)
-    rows = []
-    for task_id in {**messages, **places}:
-        row = tasks.Row(task_id, unit.call_of(task_id), *places.get(task_id, ()))
-        message = messages.get(task_id)
-        if message is not None:
-            row = replace(
-                row,
-                name=message.name,
-                queue=message.envelope.queue,
-                message=_encoded(message, Stamp(row.call, 0, True)),
-                eta=message.eta,
-            )
-        rows.append(row)
-    return rows
+    for message in messages.values():
+        if message.task_id == own:  # its row is written with the claim's end
+            continue
+        barrier_id, slot, position = places.pop(message.task_id, (None, None, None))
+        yield tasks.Row(
+            message.task_id,
+            unit.call_of(message.task_id),
+            barrier_id,
+            slot,
+            position,
+            name=message.name,
+            queue=message.queue,
+            message=message.encoded,
+            eta=message.eta,
+        )
+    for task_id, place in places.items():
+        yield tasks.Row(task_id, unit.call_of(task_id), *place)
 
 
 def _refuse_reuse(
@@ -243,9 +241,10 @@ def write(connection: Connection, host: Host, unit: Unit) -> Committed:
         outcome.fence = Fence(stamp=Stamp(unit.call_of(task_id)))
         ready.append(_write_outcome(connection, host, outcome)[1])
     ready += [_open(connection, host, unit, barrier) for barrier in unit.barriers]
-    rows = _rows(unit)
-    grace = host.settings.publish_grace + _PER_MESSAGE * len(rows)
-    foreign = tasks.record(connection, host.database.sql, rows, grace, host.settings.batch_size)
+    grace = host.settings.publish_grace + _PER_MESSAGE * len(unit.events)
+    foreign = tasks.record(
+        connection, host.database.sql, _rows(unit), grace, host.settings.batch_size
+    )
     if foreign is not None:
         raise DispatchConflict(f"task id {foreign} is used again while its first run goes on")
     return Committed([barrier_id for barrier_id in ready if barrier_id])

@@ -22,8 +22,8 @@ from kombu.compression import compress
 from kombu.serialization import dumps
 from kombu.utils.encoding import ensure_bytes
 
-from celery_pgbarrier import compat, plain
-from celery_pgbarrier.dispatch import Envelope
+from celery_pgbarrier import compat, plain, stub
+from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.lease import Attempt
 from celery_pgbarrier.unit import STAMP, Fence, Message, Stamp, Unit
 
@@ -132,15 +132,23 @@ class CapturingProducer:
             self._unit.sent_events.append(lambda producer: producer.publish(body, **options))
 
     def _message(self, body: Any, headers: dict[str, Any], options: dict[str, Any]) -> Message:
-        embed = body[2] if isinstance(body, (tuple, list)) and len(body) == 3 else {}
+        args, kwargs, embed = body
+        task_id = headers["id"]
+        stamp = Stamp(self._unit.call_of(task_id), 0, True).header(task_id)
+        stamped = {**headers, STAMP: stamp}
         return Message(
-            task_id=headers["id"],
+            task_id=task_id,
             name=headers["task"],
-            envelope=_envelope(body, dict(headers), dict(options), self._producer.serializer),
+            envelope=_envelope(
+                (args, kwargs, stub.in_embed(embed)),
+                stamped,
+                dict(options),
+                self._producer.serializer,
+            ),
             eta=_aware(self._app, headers.get("eta")),
             group=headers.get("group"),
             in_chord=bool(embed.get("chord")),
-            chain=list(embed.get("chain") or []),
+            chain=tuple(embed.get("chain") or ()),
         )
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from celery_pgbarrier import faults
-from celery_pgbarrier.dispatch import Envelope, publish
+from celery_pgbarrier.dispatch import publish
+from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.outbox import mark_published
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.unit import STAMP, Fence, Host, Message, Stamp, Unit

@@ -10,7 +10,7 @@ from celery.app.task import Context
 from celery.utils.log import get_logger
 
 from celery_pgbarrier import barrier, capture, compat, lease
-from celery_pgbarrier.dispatch import Envelope
+from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict
 from celery_pgbarrier.lease import Attempt, Held
 from celery_pgbarrier.results import Results

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from sqlalchemy import Connection, Row
 
 from celery_pgbarrier import barrier, faults, sweeps
-from celery_pgbarrier.dispatch import Envelope, publish
+from celery_pgbarrier.dispatch import publish
+from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import HolderLost, PgBarrierError, TaskCrashed
 from celery_pgbarrier.lease import Held, Loss, put_back
 from celery_pgbarrier.store import sql

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from celery import Celery
 
-from celery_pgbarrier.dispatch import STAMP as STAMP
-from celery_pgbarrier.dispatch import Envelope
+from celery_pgbarrier.envelope import STAMP as STAMP
+from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.settings import Settings
 from celery_pgbarrier.store.database import Database
 
@@ -121,17 +121,38 @@ class HandOver:
         return self.fence.token
 
 
-@dataclass
 class Message:
-    """A captured task message, and what its fields say of barriers."""
+    """A captured task message, kept encoded, and what its fields say of barriers."""
 
-    task_id: str
-    name: str
-    envelope: Envelope
-    eta: str | None = None
-    group: str | None = None
-    in_chord: bool = False
-    chain: list[Any] = field(default_factory=list)
+    __slots__ = ("chain", "encoded", "eta", "group", "in_chord", "name", "queue", "task_id")
+
+    def __init__(
+        self,
+        task_id: str,
+        name: str,
+        envelope: Envelope,
+        eta: str | None = None,
+        group: str | None = None,
+        in_chord: bool = False,
+        chain: Sequence[Any] = (),
+    ) -> None:
+        self.task_id = task_id
+        self.name = name
+        self.queue = envelope.queue
+        self.encoded = envelope.encode()
+        self.eta = eta
+        self.group = group
+        self.in_chord = in_chord
+        self.chain = chain
+
+    @property
+    def envelope(self) -> Envelope:
+        """The message, decoded."""
+        return Envelope.decode(self.encoded)
+
+    def stamp(self, stamp: Stamp) -> None:
+        """Give the message another stamp than that under which it was captured."""
+        self.encoded = self.envelope.stamped(stamp.header(self.task_id)).encode()
 
 
 @dataclass

@@ -64,7 +64,6 @@ ON CONFLICT (id) DO UPDATE SET
     OR (t.state IN ('done', 'untracked') AND t.call IS DISTINCT FROM EXCLUDED.call
         AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_barrier b WHERE b.id = t.barrier_id
                         AND b.state IN ('waiting', 'ready')))
-RETURNING t.id
 """
 
 #: Which of these ids belong to another call or barrier (an id that is used while its first run

@@ -1,0 +1,76 @@
+"""A task message as it is recorded and as the broker gets it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kombu.utils.json import JSONEncoder, loads
+
+#: The message header that carries the stamp.
+STAMP = "pgb"
+_encoder: Any = JSONEncoder()
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A task message as the broker gets it, with where it goes.
+
+    ``declare`` holds the names of the queues to declare first; ``properties`` what else
+    :meth:`kombu.Producer.publish` takes (priority, correlation id, expiration in seconds...).
+    """
+
+    body: bytes
+    content_type: str
+    content_encoding: str
+    exchange: str
+    routing_key: str
+    headers: dict[str, Any]
+    declare: list[str] = field(default_factory=list)
+    properties: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def queue(self) -> str:
+        """The queue that the message waits in, as well as it is known here."""
+        return self.declare[0] if self.declare else self.routing_key
+
+    def encode(self) -> bytes:
+        """Return the envelope for the ``message`` column: a line of JSON, then the body."""
+        fields = {key: value for key, value in vars(self).items() if key != "body"}
+        head: str = _encoder.encode(fields)
+        return head.encode() + b"\n" + self.body
+
+    @classmethod
+    def decode(cls, message: bytes) -> Envelope:
+        """Read what :meth:`encode` wrote."""
+        head, _, body = bytes(message).partition(b"\n")
+        return cls(body=body, **loads(head.decode()))
+
+    def copied(self, copy: int) -> Envelope:
+        """Return the envelope with its stamp telling which copy of the message it is."""
+        return self.stamped({**self.headers.get(STAMP, {}), "copy": copy})
+
+    def stamped(self, stamp: dict[str, Any]) -> Envelope:
+        """Return the envelope with another stamp."""
+        return replace(self, headers={**self.headers, STAMP: stamp})
+
+    def request(self) -> dict[str, Any]:
+        """Return the fields of the task request that a worker would make of the message."""
+        from kombu.compression import decompress
+        from kombu.serialization import loads as deserialize
+
+        body: bytes = self.body
+        if self.headers.get("compression"):
+            body = decompress(body, self.headers["compression"])
+        args, kwargs, embed = deserialize(
+            body, self.content_type, self.content_encoding, accept=[self.content_type]
+        )
+        delivery = {"exchange": self.exchange, "routing_key": self.routing_key}
+        return {
+            **self.headers,
+            **self.properties,
+            "delivery_info": delivery,
+            "args": args,
+            "kwargs": kwargs,
+            **(embed or {}),
+        }

@@ -1,0 +1,126 @@
+"""Messages that are published many at once are those that kombu would send one by one."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu import Producer
+
+from celery_pgbarrier import bulk, dispatch
+from celery_pgbarrier.envelope import Envelope
+from tests.support.brokers import Broker
+
+
+def envelope(queue: str, body: bytes = b"[[], {}, {}]", **properties: Any) -> Envelope:
+    task_id = str(uuid.uuid4())
+    headers = {
+        "id": task_id, "task": "tests.add", "retries": 0, "eta": None, "timelimit": [None, 2.5],
+        "argsrepr": "('\u00e9\U0001f600',)", "origin": "", "ignore_result": False, "yes": True,
+        "one": 1, "big": 2**40, "stamps": {}, "nested": {"a": [1, {"b": None}], "c": {"d": "e"}},
+    }  # fmt: skip
+    given = {"delivery_mode": 2, "correlation_id": task_id, "reply_to": "x", **properties}
+    return Envelope(body, "application/json", "utf-8", "", queue, headers, [queue], given)
+
+
+def envelopes(queue: str) -> list[Envelope]:
+    plain = [envelope(queue, b"[[%d], {}, {}]" % number) for number in range(300)]
+    special = [
+        envelope(queue, priority=7),
+        envelope(queue, expiration=3600.5),
+        envelope(queue, delivery_mode=1),
+        envelope(queue, delivery_mode="transient"),
+        envelope(queue, message_id="mine", app_id="ours"),
+        envelope(queue, b"x" * 300_000),
+        envelope(queue, b""),
+    ]
+    return plain[:150] + special + plain[150:]
+
+
+def fetch(app: Celery, queue: str) -> dict[str, tuple[Any, ...]]:
+    """Take all messages off a queue: what a consumer sees of each, by task id."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    own = ("delivery_tag", "delivery_info", "body_encoding")
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        simple = app.amqp.queues[queue](channel)
+        while (message := simple.get(no_ack=True)) is not None:
+            properties = {k: v for k, v in message.properties.items() if k not in own}
+            body = bytes(message.body, "utf-8") if isinstance(message.body, str) else message.body
+            seen[message.headers["id"]] = (
+                bytes(body), message.content_type, message.content_encoding,
+                message.headers, properties,
+            )  # fmt: skip
+    return seen
+
+
+@pytest.fixture
+def brokered(make_app: Callable[..., Celery], each_broker: Broker, database_url: str) -> Celery:
+    return make_app(each_broker, f"pgbarrier+{database_url}")
+
+
+def test_bulk_sends_what_kombu_sends(brokered: Celery, each_broker: Broker) -> None:
+    """Headers of every type, properties, large and empty bodies, on real brokers."""
+    queue, messages = each_broker.queue, envelopes(each_broker.queue)
+    taken = dispatch.publish(brokered, [(m.headers["id"], m) for m in messages])
+    assert sorted(taken) == sorted(m.headers["id"] for m in messages)
+    many = fetch(brokered, queue)
+    with brokered.producer_pool.acquire(block=True) as producer:
+        for message in messages:
+            producer.publish(message.body, **bulk.arguments(message))
+    one_by_one = fetch(brokered, queue)
+    assert set(many) == {m.headers["id"] for m in messages}
+    assert many == one_by_one
+
+
+def test_messages_keep_their_order(brokered: Celery, each_broker: Broker) -> None:
+    messages = envelopes(each_broker.queue)
+    taken = dispatch.publish(brokered, [(m.headers["id"], m) for m in messages])
+    ordinary = [m.headers["id"] for m in messages if "priority" not in m.properties]
+    assert taken == [m.headers["id"] for m in messages]
+    assert [i for i in fetch(brokered, each_broker.queue) if i in set(ordinary)] == ordinary
+
+
+def test_a_message_that_cannot_be_sent_does_not_stop_the_others(
+    brokered: Celery, each_broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages = [envelope(each_broker.queue) for _ in range(5)]
+    messages[2] = envelope(each_broker.queue, expiration="soon")
+    taken = dispatch.publish(brokered, [(m.headers["id"], m) for m in messages])
+    assert taken == [m.headers["id"] for m in messages if m is not messages[2]]
+    assert set(fetch(brokered, each_broker.queue)) == set(taken)
+    assert "refuses" in caplog.text
+
+
+def test_a_producer_that_was_replaced_sees_every_message(
+    brokered: Celery, each_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tracing libraries wrap ``Producer.publish``."""
+    seen: list[str] = []
+    original = Producer.publish
+
+    def traced(self: Any, body: Any, **options: Any) -> Any:
+        seen.append(options["headers"]["id"])
+        return original(self, body, **options)
+
+    monkeypatch.setattr(Producer, "publish", traced)
+    messages = [envelope(each_broker.queue) for _ in range(5)]
+    taken = dispatch.publish(brokered, [(m.headers["id"], m) for m in messages])
+    assert seen == taken == [m.headers["id"] for m in messages]
+
+
+def test_a_broker_with_confirmations_confirms_every_message(
+    make_app: Callable[..., Celery], each_broker: Broker, database_url: str
+) -> None:
+    confirming = Broker(
+        each_broker.url,
+        each_broker.queue,
+        {**each_broker.transport_options, "confirm_publish": True},
+    )
+    app = make_app(confirming, f"pgbarrier+{database_url}")
+    messages = envelopes(each_broker.queue)[:20]
+    taken = dispatch.publish(app, [(m.headers["id"], m) for m in messages])
+    assert each_broker.depth() == len(taken) == 20
