@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from sqlalchemy import make_url
 
 from tests.support.brokers import Broker, rabbitmq_corner, virtual_host
-from tests.support.databases import temporary_database
+from tests.support.databases import autocommit, temporary_database
 from tests.support.workers import ROOT, WorkerProcess, environment
 
 #: What each peer is, in the order in which tables show them.
@@ -138,6 +139,13 @@ class Peer:
             self._worker.stop()
             self._worker = None
 
+    def close(self) -> None:
+        """End its processes."""
+        self.stop_worker()
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
     def drop_queue(self, name: str) -> None:
         """Delete a queue with what waits in it."""
         with self.broker.connection() as connection, suppress(Exception):
@@ -200,6 +208,14 @@ class Lab:
     def fresh(self, name: str = "pgbarrier", **settings: Any) -> Peer:
         """One more peer with a database of its own, for what leaves rows behind."""
         return self._make(name, **settings)
+
+    def discard(self, peer: Peer) -> None:
+        """Drop a fresh peer's database now, which may be large."""
+        peer.close()
+        assert peer.database
+        with autocommit(self.postgres) as connection:
+            name = make_url(peer.database).database
+            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
     def stop_workers(self) -> None:
         """End all workers, so that what follows has the machine for itself."""

@@ -31,6 +31,7 @@ def final() -> Plan:
     return Plan(
         questions=(
             "chord", "storm", "throughput", "get", "waiting", "barrier", "sql", "counts",
+            "reaper", "expiry", "bloat", "dispatch", "large",
         ),
         rounds=5,
         short=True,

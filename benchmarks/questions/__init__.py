@@ -6,7 +6,21 @@ from typing import Protocol
 
 from benchmarks.peers import Lab
 from benchmarks.plan import Plan
-from benchmarks.questions import barrier, chord, counts, get, sql, storm, throughput, waiting
+from benchmarks.questions import (
+    barrier,
+    bloat,
+    chord,
+    counts,
+    dispatch,
+    expiry,
+    get,
+    large,
+    reaper,
+    sql,
+    storm,
+    throughput,
+    waiting,
+)
 from benchmarks.records import Book
 
 
@@ -29,4 +43,9 @@ QUESTIONS: dict[str, Question] = {
     "barrier": barrier,
     "sql": sql,
     "counts": counts,
+    "reaper": reaper,
+    "expiry": expiry,
+    "bloat": bloat,
+    "dispatch": dispatch,
+    "large": large,
 }
