@@ -14,6 +14,7 @@ from typing import Any
 
 import celery
 from celery import shared_task
+from celery.exceptions import SoftTimeLimitExceeded
 
 from tests.support.waiting import wait_until
 
@@ -108,6 +109,15 @@ def sleepy(value: Any, gate: str, started: str | None = None, deadline: float = 
         note(started, value)
     wait_until(Path(gate).exists, deadline, f"{gate} exists")
     return value
+
+
+@both
+def stubborn(value: Any, deadline: float = 60.0) -> Any:
+    """Wait for a soft time limit; return ``value`` when it comes."""
+    try:
+        wait_until(lambda: False, deadline, "a soft time limit")
+    except SoftTimeLimitExceeded:
+        return value
 
 
 @both
