@@ -51,15 +51,17 @@ class InlineWorker:
 
     def take(self, queue: str | None = None) -> Request | None:
         """Receive one message; None where none waits. It is run by :meth:`run`."""
-        name = queue or self.broker.queue
         with self.app.connection_for_read() as connection, connection.channel() as channel:
-            message = self.app.amqp.queues[name](channel).get()
-            if message is None:
-                return None
-            message.accept = prepare_accept_content(self.app.conf.accept_content)
-            # The connection ends here: nothing of this test is about what the broker does
-            # with a message that was never acknowledged.
-            message.ack()
+            return self._take(channel, queue)
+
+    def _take(self, channel: Any, queue: str | None) -> Request | None:
+        message = self.app.amqp.queues[queue or self.broker.queue](channel).get()
+        if message is None:
+            return None
+        message.accept = prepare_accept_content(self.app.conf.accept_content)
+        # At once: nothing of these tests is about what the broker does with a message that was
+        # never acknowledged.
+        message.ack()
         return self.request(message)
 
     def request(self, message: Any) -> Request:
@@ -101,9 +103,12 @@ class InlineWorker:
 
     def drain(self, most: int = 2000, queue: str | None = None) -> int:
         """Run messages until none waits; return how many were run."""
-        for count in range(most):
-            if self.step(queue) is None:
-                return count
+        with self.app.connection_for_read() as connection, connection.channel() as channel:
+            for count in range(most):
+                request = self._take(channel, queue)
+                if request is None:
+                    return count
+                self.run(request)
         raise AssertionError(f"still messages after {most}")
 
     def take_all(self, queue: str | None = None) -> list[Request]:

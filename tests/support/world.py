@@ -55,15 +55,20 @@ def open_world(
     broker: Broker,
     database_url: str,
     path: Path,
+    redis: Broker | None = None,
     **settings: Any,
 ) -> Iterator[World]:
-    """An app on Redis or on our backend ("claimed", "plain"), with an inline worker."""
+    """An app on Redis or on our backend ("claimed", "plain"), with an inline worker.
+
+    ``redis`` is where the Redis backend keeps its results: by default where its messages are.
+    """
+    redis = redis or broker
     ours = kind != "redis"
     if ours:
         url = databases.backend_url(database_url)
     else:  # in the corner of the broker, so that nothing is left behind
-        url = broker.url
-        settings["result_backend_transport_options"] = broker.transport_options
+        url = redis.url
+        settings["result_backend_transport_options"] = redis.transport_options
     app = make_app(broker, url, **settings)
     if kind != "claimed":
         app.task_cls = "celery.app.task:Task"  # also for Celery's own tasks
