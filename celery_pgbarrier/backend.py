@@ -147,14 +147,15 @@ class BarrierBackend(Attempts):
 
     def _chord_failure(self, closing: Closing, body: Any, error: ChordError) -> Unit:
         unit = Unit(closing.call)
-        ids = list(all_ids(body))
+        steps = [body, *(body.options.get("chain") or ())]  # the body's task may begin a chain
+        ids = [task_id for step in steps for task_id in (*all_ids(step), *leaves(step))]
         capture.hold_revokes(self.app)
         with capture.into(unit, outcomes=True), allow_join_result():
             try:
                 raise error
             except ChordError:
                 self.chord_error_from_stack(body, error)
-            for task_id in dict.fromkeys([*ids, *leaves(body)]):
+            for task_id in dict.fromkeys(ids):
                 self._hidden(unit, task_id, error, states.FAILURE, None, visible=True)
         return unit
 

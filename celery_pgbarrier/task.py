@@ -7,12 +7,13 @@ from functools import partial, wraps
 from typing import Any
 
 from celery.app.task import Task
+from celery.canvas import group
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_pgbarrier import capture, faults
 from celery_pgbarrier.errors import ConfigurationError, MemberEndedWithoutResult
 from celery_pgbarrier.lease import Attempt
-from celery_pgbarrier.unit import HandOver, Unit
+from celery_pgbarrier.unit import HandOver, Unit, ends_in_group
 
 __all__ = ["BarrierTask"]
 
@@ -60,6 +61,16 @@ class BarrierTask(Task):  # type: ignore[misc]
         if self._in_worker():
             return self._attempt(partial(self.run, *args, **kwargs))
         return super().__call__(*args, **kwargs)
+
+    def replace(self, sig: Any) -> Any:
+        """Run another signature in this task's place, under its id.
+
+        A canvas that ends in a group comes to the list of the group's results.  Celery sees to that
+        for a group, but not for a chord whose body is one: nothing would ever have the task's id.
+        """
+        if self._in_worker() and not isinstance(sig, group) and ends_in_group(sig):
+            sig |= self.app.tasks["celery.accumulate"].s(index=0)
+        return super().replace(sig)
 
     def on_replace(self, sig: Any) -> Any:
         """Send the replacement with the hand-over of this task's id."""

@@ -266,3 +266,15 @@ def all_ids(signature: Any) -> Iterator[str]:
         yield from all_ids(kwargs.get("body"))
     elif (signature.get("options") or {}).get("task_id"):
         yield signature["options"]["task_id"]
+
+
+def ends_in_group(signature: Any) -> bool:
+    """Tell whether a signature comes to a list of results, none of which has its id."""
+    if not isinstance(signature, Mapping):
+        return False
+    kind, kwargs = signature.get("subtask_type"), signature.get("kwargs") or {}
+    if kind == "chain":
+        return ends_in_group((list(kwargs.get("tasks", ())) or [None])[-1])
+    if kind == "chord":
+        return ends_in_group(kwargs.get("body"))
+    return kind == "group"

@@ -152,6 +152,19 @@ def test_a_replacement_that_fails(world: World, where: str) -> None:
     assert world.nothing_open()
 
 
+def test_a_replacement_that_is_a_chord_with_a_group_body(world: World) -> None:
+    """Celery gives its id to no task, and a chord that waits for it waits for ever: see to it."""
+    t = world.t
+    replacement = chord([t.add.s(1, 1), t.add.s(2, 2)], group(t.xsum.s(), t.identity.s()))
+    result = chord([t.replaced.s(replacement), t.add.s(5, 5)], t.identity.s()).delay()
+    world.worker.drain()
+    if world.kind == "claimed":
+        assert value(result) == [[6, [2, 4]], 10]
+        assert world.nothing_open()
+    else:
+        assert result.state == "PENDING"
+
+
 # -- retries
 
 

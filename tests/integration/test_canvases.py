@@ -301,6 +301,18 @@ ERRORS: dict[str, Canvas] = {
         [chain(w.t.fail.s(), chord([w.t.add.si(1, 1)], w.t.xsum.s())), w.t.add.s(2, 2)],
         w.t.xsum.s(),
     ),
+    "before a group that ends a chain": lambda w: chord(
+        [chain(w.t.fail.s(), group(w.t.add.s(1), w.t.add.s(2))), w.t.add.s(2, 2)], w.t.flat_sum.s()
+    ),
+    "a chord before a group that ends a chain": lambda w: chord(
+        [
+            chain(
+                chord([w.t.fail.s()], w.t.xsum.s()), w.t.add.s(1), group(w.t.add.s(1), w.t.add.s(2))
+            ),
+            w.t.add.s(2, 2),
+        ],
+        w.t.flat_sum.s(),
+    ),
     "a member of a generator": lambda w: chord(
         (w.t.fail.s() for _ in range(2)), w.t.xsum.s()
     ),
@@ -308,7 +320,11 @@ ERRORS: dict[str, Canvas] = {
 
 
 #: Where Celery's Redis backend leaves the outer chord waiting for ever, and we do not.
-STRANDED_BY_CELERY = {"a member of an inner chord"}
+STRANDED_BY_CELERY = {
+    "a member of an inner chord",
+    "before a group that ends a chain",
+    "a chord before a group that ends a chain",
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)
