@@ -67,7 +67,11 @@ def ask(lab: Lab, plan: Plan, book: Book, name: str) -> None:
     """Ask one question; a failure is taken down and does not stop the others."""
     module = QUESTIONS[name]
     book.question, book.titles[name] = name, module.TITLE
+    if time.monotonic() - lab.begun > plan.minutes * 60:
+        book.failures.append((name, f"left out: {plan.minutes:g} minutes are over"))
+        return
     begun, busy = time.monotonic(), load()
+    lab.deadline = begun + plan.seconds(name)
     if busy > 30:
         book.note(f"the machine was {busy:.0f} % busy before this question began")
     try:
@@ -75,6 +79,9 @@ def ask(lab: Lab, plan: Plan, book: Book, name: str) -> None:
     except Exception as error:
         traceback.print_exc()
         book.failures.append((name, f"{type(error).__name__}: {error}"))
+    if lab.cut:
+        book.note(f"{lab.cut} turns were left out: the question's time was over")
+        lab.cut = 0
     book.seconds[name] = time.monotonic() - begun
     report.print_question(book, name)
 

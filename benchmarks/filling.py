@@ -13,8 +13,10 @@ SELECT column_name FROM information_schema.columns
 """)
 
 
-def multiply(connection: Connection, table: str, times: int, changed: Mapping[str, str]) -> None:
-    """Insert ``times`` copies of every row that stands in ``table``.
+def multiply(
+    connection: Connection, table: str, times: int, changed: Mapping[str, str], source: str = ""
+) -> None:
+    """Insert ``times`` copies of every row that stands in ``table`` (or in ``source``).
 
     ``changed`` has SQL expressions for columns, of the row ``t`` and the number ``g`` of its copy;
     columns that the table does not have are left out.
@@ -23,7 +25,7 @@ def multiply(connection: Connection, table: str, times: int, changed: Mapping[st
     values = ", ".join(changed.get(column, f"t.{column}") for column in columns)
     connection.exec_driver_sql(
         f"INSERT INTO {table} ({', '.join(columns)}) SELECT {values} "
-        f"FROM {table} t CROSS JOIN generate_series(1, {times}) AS g"
+        f"FROM {source or table} t CROSS JOIN generate_series(1, {times}) AS g"
     )
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -32,7 +35,9 @@ PEERS = {
 }
 CHORDS = ("redis", "pgbarrier", "database", "django", "redis-again")
 RESULTS = ("redis", "pgbarrier", "database", "django", "ignored", "redis-again")
+SLOW = ("database", "django")
 PROCESSES = 2  # of each worker's pool
+PATIENCE = 400  # for one answer (seconds)
 
 
 class ProducerError(Exception):
@@ -47,7 +52,7 @@ class Producer:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.producer"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
-                cwd=ROOT, env=env, text=True,
+                cwd=ROOT, env=env, text=True, start_new_session=True,
             )  # fmt: skip
         self.pid = self._process.pid
 
@@ -57,6 +62,9 @@ class Producer:
         assert self._process.stdout
         line = json.dumps({"function": function, "arguments": arguments})
         print(line, file=self._process.stdin, flush=True)
+        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            self.kill()
+            raise ProducerError(f"{function}: no answer in {PATIENCE} s")
         answer = self._process.stdout.readline()
         if not answer:
             raise ProducerError(f"{function}: the producer ended ({self._process.wait(10)})")
@@ -64,6 +72,17 @@ class Producer:
         if "error" in values:
             raise ProducerError(f"{function}: {values['error']}")
         return values["result"]
+
+    @property
+    def running(self) -> bool:
+        """Whether it still answers."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process and those that it started, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
 
     def close(self) -> None:
         """End the process."""
@@ -73,8 +92,7 @@ class Producer:
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
 
 
 @dataclass
@@ -114,7 +132,7 @@ class Peer:
     @property
     def producer(self) -> Producer:
         """Its producer."""
-        if self._producer is None:
+        if self._producer is None or not self._producer.running:
             self._producer = self.stack.enter_context(_closing(self.new_producer()))
         return self._producer
 
@@ -169,6 +187,8 @@ class Lab:
     def __init__(self, postgres: str, rabbitmq: str, redis_url: str, names: Sequence[str]) -> None:
         self.postgres, self.redis, self.names = postgres, redis_url, tuple(names)
         self.run = f"pgbarrier-bench-{uuid.uuid4().hex[:12]}"
+        self.begun = time.monotonic()
+        self.deadline, self.cut = float("inf"), 0
         self._rabbitmq = rabbitmq
         self._peers: dict[str, Peer] = {}
         self._stack = ExitStack()
@@ -191,13 +211,22 @@ class Lab:
         """Those of ``names`` that take part in this run."""
         return [name for name in names if name in self.names]
 
-    def turns(self, names: Sequence[str], rounds: int) -> Iterator[Peer]:
-        """Peers in interleaved rounds; each round begins with another one."""
-        chosen = self.chosen(names)
+    def turns(self, names: Sequence[str], rounds: int, slow: int | None = None) -> Iterator[Peer]:
+        """Peers in interleaved rounds, while the question has time.
+
+        Each round begins with another peer; those that poll take part in ``slow`` rounds only.
+        """
         for number in range(rounds):
+            chosen = [
+                name for name in self.chosen(names)
+                if name not in SLOW or slow is None or number < slow
+            ]  # fmt: skip
             shift = number % max(len(chosen), 1)
             for name in chosen[shift:] + chosen[:shift]:
-                yield self.peer(name)
+                if time.monotonic() > self.deadline:
+                    self.cut += 1
+                else:
+                    yield self.peer(name)
 
     def peer(self, name: str) -> Peer:
         """A peer, made at its first use."""

@@ -18,7 +18,7 @@ from celery.result import AsyncResult
 from benchmarks.app import app
 from benchmarks.tasks import RECORD, body, channel, member, noted, short
 
-PATIENCE = 600
+PATIENCE = 300
 
 
 def _wait(key: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
+from benchmarks.filling import multiply, tidy
 from benchmarks.peers import Lab, Peer
 from benchmarks.plan import Plan
 from benchmarks.records import Book
@@ -51,6 +52,15 @@ WITH done AS ({ROWS.strip()} RETURNING 1)
 UPDATE bench_counter SET remaining = remaining - 1 FROM done RETURNING remaining
 """
 
+RUNNING = """
+UPDATE pgbarrier_task t SET id = 'm' || n.k, state = 'running', attempt = 1,
+       token = md5('m' || n.k)::uuid, worker = gen_random_uuid(), due_at = NULL
+  FROM (SELECT id, row_number() OVER (ORDER BY position) - 1 AS k
+          FROM pgbarrier_task WHERE barrier_id IS NOT NULL) AS n
+ WHERE t.id = n.id
+"""
+TABLES = ("barrier", "slot", "task")
+
 
 def finish() -> str:
     """Our statement with pgbench's variables for parameters."""
@@ -67,42 +77,46 @@ def run(lab: Lab, plan: Plan, book: Book) -> None:
     if program is None:
         raise FileNotFoundError("pgbench is not installed")
     lab.stop_workers()
-    peer = lab.fresh()
     scripts = {"rows alone": ROWS, "counted by us": finish(), "one counter row": COUNTER}
+    names, peers = list(scripts), {}
     for clients in plan.pick(full=(1, 4, 16, 64), short=(1, 4, 16, 64), quick=(1, 4)):
-        size = plan.pick(full={1: 1000}, short={1: 1000}, quick={1: 200}).get(clients)
-        size = size or plan.pick(full=200, short=100, quick=20) * max(clients, 16)
+        size = plan.pick(full=200, short=100, quick=20) * max(clients, 16)
+        if size not in peers:
+            peers[size] = _open(lab, size)
         for number in range(plan.pick(plan.rounds, 3, 1)):
-            names = list(scripts)
             for name in names[number % 3 :] + names[: number % 3]:
-                _prepare(peer, size)
-                rate = _race(program, peer, scripts[name], clients, size, lab.folder)
+                _restore(peers[size])
+                rate = _race(program, peers[size], scripts[name], clients, size, lab.folder)
                 book.add(f"{clients} connections", name, "/s", rate, base="rows alone")
+    for peer in peers.values():
+        lab.discard(peer)
 
 
-def _prepare(peer: Peer, size: int) -> None:
+def _open(lab: Lab, size: int) -> Peer:
     """One barrier whose members are all running, with ids and tokens that pgbench can make."""
-    assert peer.database
+    peer = lab.fresh()
     queue = f"{peer.broker.queue}-{uuid.uuid4().hex[:6]}"
+    peer.producer.call("dispatch", size=size, queue=queue)
+    peer.drop_queue(queue)
+    peer.producer.close()
+    assert peer.database
     with autocommit(peer.database) as connection:
-        peer.producer.call("ping")
-        if connection.exec_driver_sql("SELECT to_regclass('pgbarrier_task')").scalar():
-            for table in ("pgbarrier_task", "pgbarrier_barrier", "pgbarrier_slot"):
-                connection.exec_driver_sql(f"TRUNCATE {table}")
-        peer.producer.call("dispatch", size=size, queue=queue)
-        peer.drop_queue(queue)
-        connection.exec_driver_sql("DROP TABLE IF EXISTS bench_counter")
+        connection.exec_driver_sql(RUNNING)
+        for table in TABLES:
+            connection.exec_driver_sql(f"CREATE TABLE kept_{table} AS TABLE pgbarrier_{table}")
         connection.exec_driver_sql(f"CREATE TABLE bench_counter AS SELECT {size} AS remaining")
-        connection.exec_driver_sql("""
-            UPDATE pgbarrier_task t SET id = 'm' || n.k, state = 'running', attempt = 1,
-                   token = md5('m' || n.k)::uuid, worker = gen_random_uuid(), due_at = NULL
-              FROM (SELECT id, row_number() OVER (ORDER BY position) - 1 AS k
-                      FROM pgbarrier_task WHERE barrier_id IS NOT NULL) AS n
-             WHERE t.id = n.id
-        """)
-        for table in ("pgbarrier_task", "pgbarrier_barrier", "pgbarrier_slot"):
-            connection.exec_driver_sql(f"VACUUM (FULL, ANALYZE) {table}")
-        connection.exec_driver_sql("CHECKPOINT")
+    return peer
+
+
+def _restore(peer: Peer) -> None:
+    """Undo the last race, leaving tables without dead rows and nothing to be written."""
+    assert peer.database
+    with autocommit(peer.database) as connection:
+        for table in TABLES:
+            connection.exec_driver_sql(f"TRUNCATE pgbarrier_{table}")
+            multiply(connection, f"pgbarrier_{table}", 1, {}, source=f"kept_{table}")
+        connection.exec_driver_sql("VACUUM FULL bench_counter")
+        tidy(connection)
 
 
 def _race(program: str, peer: Peer, script: str, clients: int, size: int, folder: Path) -> float:

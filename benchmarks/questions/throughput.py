@@ -14,7 +14,7 @@ TITLE = "Tasks per second with stored results"
 def run(lab: Lab, plan: Plan, book: Book) -> None:
     """Tasks that wait in a queue are run; then tasks are run while they are being called."""
     count = plan.pick(full=3000, short=1500, quick=300)
-    for peer in lab.turns(RESULTS, plan.rounds):
+    for peer in lab.turns(RESULTS, plan.rounds, plan.slow(plan.rounds)):
         with book.guard(peer.name):
             queue = f"{peer.broker.queue}-{uuid.uuid4().hex[:6]}"
             hostname = peer.worker.hostname
