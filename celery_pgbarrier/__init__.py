@@ -12,10 +12,15 @@ from celery_pgbarrier.errors import (
     DispatchUnknown,
     HolderLost,
     MemberEndedWithoutResult,
+    MessageUnreadable,
+    NeverClaimed,
+    NotPoisoned,
     PgBarrierError,
     SchemaError,
     TaskCrashed,
+    TaskPoisoned,
 )
+from celery_pgbarrier.poison import task_poisoned
 from celery_pgbarrier.task import BarrierTask
 
 __version__ = "0.1.0"
@@ -25,6 +30,7 @@ __all__ = [
     "BarrierBackend",
     "BarrierTask",
     "beat_schedule",
+    "task_poisoned",
     # errors
     "ConfigurationError",
     "DatabaseUnavailable",
@@ -32,7 +38,11 @@ __all__ = [
     "DispatchUnknown",
     "HolderLost",
     "MemberEndedWithoutResult",
+    "MessageUnreadable",
+    "NeverClaimed",
+    "NotPoisoned",
     "PgBarrierError",
     "SchemaError",
     "TaskCrashed",
+    "TaskPoisoned",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from celery import states
@@ -13,11 +14,11 @@ from kombu.utils.encoding import ensure_bytes
 
 from celery_pgbarrier import capture, compat, lease, reaper
 from celery_pgbarrier.envelope import Envelope
-from celery_pgbarrier.errors import DatabaseUnavailable
+from celery_pgbarrier.errors import DatabaseUnavailable, MessageUnreadable, PgBarrierError
 from celery_pgbarrier.lease import Attempt, Claim, Held, Loss, Verdict
 from celery_pgbarrier.outcomes import PARENT_PATIENCE, Outcomes, recorded_request
 from celery_pgbarrier.request import CONTENT
-from celery_pgbarrier.unit import STAMP, Stamp, Unit
+from celery_pgbarrier.unit import STAMP, Fence, Stamp, Unit
 
 logger = get_logger(__name__)
 
@@ -123,10 +124,23 @@ class Attempts(Outcomes):
             self.fail_recorded(task_id, held.token, reaper.crashed(self, name))
         return loss
 
+    def unreadable(self, headers: Mapping[str, Any], name: str, error: Exception) -> None:
+        """Fail a recorded task whose message this worker cannot read."""
+        task_id = headers.get("id")
+        stamp = Stamp.of(str(task_id), headers.get(STAMP))
+        if task_id and stamp.recorded:
+            reason = f"a worker cannot read the message of {name}: {error!r}"
+            self.fail_unclaimed(task_id, stamp, MessageUnreadable(reason))
+
+    def fail_unclaimed(self, task_id: str, stamp: Stamp, error: PgBarrierError) -> None:
+        """Fail a task that nobody has claimed, unless its row has gone on since *stamp*."""
+        with capture.parent_fence(task_id, Fence(worker=lease.boot.current(), pid=0, stamp=stamp)):
+            self.fail_recorded(task_id, None, error)
+
     def fail_recorded(self, task_id: str, token: str | None, error: Exception) -> bool:
         """Fail a task on the reaper's word, from its recorded message."""
         row = lease.inspect(self, task_id, PARENT_PATIENCE)
-        request = recorded_request(row) or Context({"id": task_id})
+        request = _request_of(row) or Context({"id": task_id})
         if token is not None and row is not None and row.call is not None:
             stamp = Stamp(row.call, row.seq, True)
             attempt = Attempt(task_id, stamp, token, 0, row.barrier_id, Unit(stamp.call))
@@ -134,3 +148,12 @@ class Attempts(Outcomes):
             setattr(request, capture.ATTEMPT, attempt)
         self.mark_as_failure(task_id, error, request=request)
         return True
+
+
+def _request_of(row: Held | None) -> Context | None:
+    """Return the request of a row's message; None where there is none or nobody can read it."""
+    try:
+        return recorded_request(row)
+    except Exception as error:
+        logger.error("The recorded message of a task cannot be read: %r", error)
+        return None

@@ -235,6 +235,9 @@ def write(connection: Connection, host: Host, unit: Unit) -> Committed:
             host.database.sql[sql.MEMBER_ADD],
             {"id": addition.task_id, "barrier": addition.barrier, "adder": addition.adder},
         )
+    if unit.poison is not None:
+        kept = {"id": unit.poison.task_id, "reason": unit.poison.reason, "expires": host.keep}
+        connection.execute(host.database.sql[sql.POISON_KEEP], kept)
     ready = [_write_primary(connection, host, unit)]
     for task_id, outcome in sorted(unit.outcomes.items()):
         # A task of this id that another call is running has nothing to do with this unit.

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from celery_pgbarrier import reaper
+from celery_pgbarrier import poison, reaper
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.errors import PgBarrierError
 from celery_pgbarrier.store import schema
@@ -72,6 +72,51 @@ def reap(context: click.Context, once: bool) -> None:
             click.echo(f"pass missed: {error}", err=True)
         if once or pause.wait(backend.settings.reap_interval):
             return
+
+
+@pgbarrier.group("poison")
+def poison_group() -> None:
+    """Tasks that are not run any more: they killed their process too often, or cannot be read."""
+
+
+@poison_group.command("list")
+@click.option("--limit", default=100, show_default=True, help="At most so many, the latest first.")
+@click.pass_context
+def poison_list(context: click.Context, limit: int) -> None:
+    """Show them, a line each: id, name, crashes, when, the state of its chord, why."""
+    backend = _backend(context)
+    try:
+        rows = poison.listed(backend, limit)
+    except PgBarrierError as error:
+        raise click.ClickException(str(error)) from None
+    for row in rows:
+        chord = f"chord {row.barrier_state or 'gone'}" if row.barrier_id else "no chord"
+        when = row.poisoned_at.isoformat(timespec="seconds")
+        click.echo(f"{row.id}  {row.name}  crashes {row.crashes}  {when}  {chord}  {row.reason}")
+
+
+@poison_group.command("retry")
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.pass_context
+def poison_retry(context: click.Context, ids: tuple[str, ...]) -> None:
+    """Run tasks again under their ids, their crashes forgotten.
+
+    A chord that still waits for other members counts the task again. One that has failed stays
+    failed; the task then runs by itself, with its links and the rest of its chain.
+    """
+    backend = _backend(context)
+    refused = 0
+    for task_id in ids:
+        try:
+            done = poison.retry(backend, task_id)
+        except PgBarrierError as error:
+            refused += 1
+            click.echo(f"{task_id}: {error}", err=True)
+        else:
+            chord = "its chord waits for it" if done.rejoined else "it counts for no chord"
+            click.echo(f"{task_id}: put back, {chord}")
+    if refused:
+        raise click.ClickException(f"{refused} of {len(ids)} not put back")
 
 
 def _line(counts: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from celery_pgbarrier.envelope import Envelope
 logger = logging.getLogger(__name__)
 
 #: One quick second try, for a pooled connection that has gone stale; the reaper does the rest.
-_RETRY_POLICY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+RETRY_POLICY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
 
 _Messages = list[tuple[str, Envelope]]
 
@@ -77,7 +77,7 @@ def _publish_one(app: Celery, producer: Any, task_id: str, envelope: Envelope) -
             envelope.body,
             declare=_queues(app, envelope),
             retry=True,
-            retry_policy=dict(_RETRY_POLICY),
+            retry_policy=dict(RETRY_POLICY),
             **bulk.arguments(envelope),
         )
     except Exception as error:

@@ -42,8 +42,24 @@ class MemberEndedWithoutResult(PgBarrierError):
     """A chord member raised ``Ignore``: it ended without a result, so its chord cannot complete."""
 
 
-class TaskCrashed(PgBarrierError):
+class TaskPoisoned(PgBarrierError):
+    """A task is not run any more; its message is kept and can be put back by hand."""
+
+
+class TaskCrashed(TaskPoisoned):
     """The process that ran the task died as often as ``pgbarrier_max_crashes`` allows."""
+
+
+class MessageUnreadable(TaskPoisoned):
+    """A worker cannot read the task's message (a content type that it does not accept...)."""
+
+
+class NeverClaimed(TaskPoisoned):
+    """The task's message was published again and again, was taken, and never led to a claim."""
+
+
+class NotPoisoned(PgBarrierError):
+    """No task of this id is kept as poison."""
 
 
 class HolderLost(PgBarrierError):

@@ -9,12 +9,12 @@ from celery import states
 from celery.app.task import Context
 from celery.utils.log import get_logger
 
-from celery_pgbarrier import barrier, capture, compat, lease
+from celery_pgbarrier import barrier, capture, compat, lease, poison
 from celery_pgbarrier.envelope import Envelope
-from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict
+from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict, TaskPoisoned
 from celery_pgbarrier.lease import Attempt, Held
 from celery_pgbarrier.results import Results
-from celery_pgbarrier.unit import STAMP, Outcome, Unit, all_ids
+from celery_pgbarrier.unit import STAMP, Outcome, Poison, Unit, all_ids
 
 logger = get_logger(__name__)
 
@@ -131,6 +131,8 @@ class Outcomes(Results):
         unit = Unit(_call_of(request))
         if attempt is not None and state == states.SUCCESS:
             unit = attempt.unit
+        if isinstance(result, TaskPoisoned):
+            unit.poison = Poison(task_id, getattr(request, "task", None), str(result))
         with capture.into(unit, outcomes=True):
             record()
             if attempt is not None or _recorded(request):
@@ -157,6 +159,8 @@ class Outcomes(Results):
         if attempt is not None:
             attempt.phase = "closed"
         if committed is not None:
+            if unit.poison is not None:
+                poison.announce(self, unit.poison)
             barrier.follow(self, unit, committed)
         elif given_up is not None:
             # No outcome of the task: its claim is released by the audit and it runs again.

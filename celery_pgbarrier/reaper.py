@@ -251,6 +251,7 @@ def purge(host: barrier.Releasing, batches: int | None = None) -> int:
     for step in (
         partial(_purge_rows, host, sql.PURGE_TASKS),
         partial(_purge_rows, host, sql.PURGE_GROUPS),
+        partial(_purge_rows, host, sql.PURGE_POISON),
         partial(_purge_barriers, host),
     ):
         run_batches(step, limits, done, stop=shutdown.stopping)

@@ -24,8 +24,22 @@ class BarrierRequest(Request):  # type: ignore[misc]
     """A request whose outcomes, where the parent writes them, are fenced by its pool child."""
 
     def __init__(self, message: Any, **options: Any) -> None:
-        super().__init__(message, **options)
+        try:
+            super().__init__(message, **options)
+        except Exception as error:
+            self._unreadable(error, **options)
+            raise
         self._request_dict[CONTENT] = [self._content_type, self._content_encoding]
+
+    @staticmethod
+    def _unreadable(
+        error: Exception, app: Any = None, headers: Any = None, task: Any = None, **_: Any
+    ) -> None:
+        """Fail a task whose message cannot be read here; Celery would only log it."""
+        try:
+            app.backend.unreadable(headers or {}, task.name, error)
+        except Exception as trouble:
+            logger.error("A message that cannot be read is settled later: %s", trouble)
 
     @property
     def stamp(self) -> Stamp:

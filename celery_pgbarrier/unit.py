@@ -169,6 +169,15 @@ class Barrier:
     structure: bytes | None = None
 
 
+@dataclass(frozen=True)
+class Poison:
+    """A task that is failed for good: its message is kept."""
+
+    task_id: str
+    name: str | None
+    reason: str
+
+
 @dataclass
 class Addition:
     """A member that a running member adds to its chord."""
@@ -195,6 +204,7 @@ class Unit:
         self.additions: list[Addition] = []
         self.sent_events: list[Callable[[Any], Any]] = []
         self.inline: list[Callable[[], None]] = []
+        self.poison: Poison | None = None
 
     def message_of(self, task_id: str) -> Message | None:
         """Return the captured message of a task."""
@@ -213,7 +223,7 @@ class Unit:
     @property
     def plain(self) -> bool:
         """Whether there is nothing beyond the primary outcome."""
-        return not (self.events or self.outcomes or self.additions)
+        return not (self.events or self.outcomes or self.additions or self.poison)
 
     def call_of(self, task_id: str) -> str:
         """Return the call of a message or barrier of this unit."""

@@ -4,6 +4,7 @@ from celery_pgbarrier.store.sql.barriers import *
 from celery_pgbarrier.store.sql.claims import *
 from celery_pgbarrier.store.sql.messages import *
 from celery_pgbarrier.store.sql.outcomes import *
+from celery_pgbarrier.store.sql.poison import *
 from celery_pgbarrier.store.sql.purge import *
 from celery_pgbarrier.store.sql.results import *
 from celery_pgbarrier.store.sql.statements import Statements as Statements

@@ -12,7 +12,7 @@ VALUES (:id, CAST(:call AS uuid), :size, :slots, :state,
 ON CONFLICT (id) DO UPDATE SET call = EXCLUDED.call, size = EXCLUDED.size,
     open_slots = EXCLUDED.open_slots, state = EXCLUDED.state, ready_at = EXCLUDED.ready_at,
     body = EXCLUDED.body, structure = EXCLUDED.structure, created_at = clock_timestamp(),
-    closed_at = NULL, expires_at = NULL
+    checked_at = clock_timestamp(), closed_at = NULL, expires_at = NULL
  WHERE b.call <> EXCLUDED.call AND b.state IN ('released', 'failed', 'cancelled')
 RETURNING id
 """
