@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Callable
 
-__all__ = ["InjectedFault", "POINTS", "point"]
+__all__ = ["InjectedFault", "POINTS", "arm", "point"]
 
 VARIABLE = "PGBARRIER_FAULTS"
 
@@ -69,6 +69,20 @@ def _parse(spec: str) -> dict[str, tuple[Callable[[], None], str | None]]:
 
 
 _armed = _parse(os.environ.get(VARIABLE, ""))
+
+
+def arm(name: str, action: Callable[[], None] | None) -> None:
+    """Arm the fault point *name* of this process with an action of a test's own; None disarms it.
+
+    Raises:
+        ValueError: there is no such point.
+    """
+    if name not in POINTS:
+        raise ValueError(f"no such fault point {name!r}: one of {', '.join(POINTS)}")
+    if action is None:
+        _armed.pop(name, None)
+    else:
+        _armed[name] = (action, None)
 
 
 def point(name: str) -> None:

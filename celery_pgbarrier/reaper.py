@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 #: Batches of each kind in one pass; what is left is the next pass's.
 _MOST_BATCHES = 100
 
+#: How long two passes lie apart at most, in reap intervals.
+_LONGEST_PAUSE = 1.25
+
 
 class Failing(barrier.Releasing, Protocol):
     """A host that can fail a task from its recorded message."""
@@ -82,9 +85,12 @@ def take_turn(host: Failing, interval: float) -> bool:
 
 def _bury(host: Failing, counts: Counts) -> None:
     settings = host.settings
-    host.database.count(sql.WORKERS_SUSPECT, {"lease": settings.lease})
-    patience = 2 * settings.heartbeat
-    counts.workers_dead += host.database.count(sql.WORKERS_DEAD, {"patience": patience})
+    # Early by the time that may pass until the next look, so that the second one comes within
+    # lease + 2 heartbeats + reap interval.
+    early = min(_LONGEST_PAUSE * settings.reap_interval, settings.lease / 2)
+    host.database.count(sql.WORKERS_SUSPECT, {"silence": settings.lease - early})
+    looks = {"patience": 2 * settings.heartbeat, "lease": settings.lease}
+    counts.workers_dead += host.database.count(sql.WORKERS_DEAD, looks)
 
 
 def _release_claims(host: Failing, counts: Counts) -> None:

@@ -68,6 +68,23 @@ def test_hazard_06_a_worker_that_stays_silent_dies_at_the_second_look(
     assert result.get(timeout=5) == 2
 
 
+def test_hazard_06_a_worker_outlives_a_look_before_its_lease_is_over(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables
+) -> None:
+    """The early look lets the second one come by lease + 2 heartbeats + reap interval."""
+    with worker.identity():
+        lease.beat(backend)
+    silence = backend.settings.lease - backend.settings.reap_interval
+    tables.ask(
+        "UPDATE pgbarrier_worker SET beat_at = beat_at - make_interval(secs => :silence)",
+        silence=silence,
+    )
+    assert reaper.run_once(backend).workers_dead == 0
+    assert tables.value("SELECT count(*) FROM pgbarrier_worker WHERE suspect_at IS NOT NULL") == 1
+    tables.ask("UPDATE pgbarrier_worker SET suspect_at = suspect_at - interval '1 day'")
+    assert reaper.run_once(backend).workers_dead == 0
+
+
 def test_hazard_06_a_worker_that_was_buried_alive_registers_itself_again(
     backend: BarrierBackend, worker: InlineWorker, tables: Tables
 ) -> None:

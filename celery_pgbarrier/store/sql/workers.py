@@ -17,19 +17,20 @@ UPDATE {s}pgbarrier_worker SET state = 'stopped', beat_at = clock_timestamp()
  WHERE id = CAST(:id AS uuid)
 """
 
-#: First look: the lease is over.
+#: First look: silent for almost a lease.
 WORKERS_SUSPECT = """
 UPDATE {s}pgbarrier_worker SET suspect_at = clock_timestamp()
  WHERE state IN ('running', 'stopping') AND suspect_at IS NULL
-   AND beat_at < clock_timestamp() - make_interval(secs => :lease)
+   AND beat_at < clock_timestamp() - make_interval(secs => :silence)
 """
 
-#: Second look: still silent two heartbeats later.
+#: Second look: the lease is over, and still silent two heartbeats after the first look.
 WORKERS_DEAD = """
 UPDATE {s}pgbarrier_worker
    SET state = CASE WHEN state = 'stopping' THEN 'stopped' ELSE 'dead' END
  WHERE state IN ('running', 'stopping')
    AND suspect_at < clock_timestamp() - make_interval(secs => :patience)
+   AND beat_at < clock_timestamp() - make_interval(secs => :lease)
 """
 
 #: One pass an interval, whichever worker comes first.
