@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: test demo bench lint wheel-smoke conformance clean help
+.PHONY: test demo bench lint wheel-smoke conformance chaos clean help
 .NOTPARALLEL:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make wheel-smoke  build the wheel, install it elsewhere, use it"
 	@echo "make conformance  Celery's own integration suites on its backends and on ours; VERSIONS= BROKERS= BACKENDS= FILES="
+	@echo "make chaos        the crash campaign; SEED= SCENARIO= BACKEND=ours|redis|database|all CHAOS_ARGS='--chords 24 --list'"
 	@echo "make clean        remove the environment and all caches"
 
 demo: $(VENV)/.demo
@@ -44,6 +45,11 @@ wheel-smoke: $(VENV)/.lint
 conformance: $(VENV)/.test
 	$(BIN)/python -m tests.conformance $(if $(VERSIONS),--versions='$(VERSIONS)') $(if $(BROKERS),--brokers='$(BROKERS)') \
 		$(if $(BACKENDS),--backends='$(BACKENDS)') $(if $(FILES),--files='$(FILES)') $(CONFORMANCE_ARGS)
+
+# A failure is replayed by its seed and scenario: make chaos SEED=7 SCENARIO='mixture 3'
+chaos: $(VENV)/.test
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed='$(SEED)') $(if $(SCENARIO),--scenario='$(SCENARIO)') \
+		$(if $(BACKEND),--backend='$(BACKEND)') $(CHAOS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

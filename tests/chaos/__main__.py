@@ -1,0 +1,87 @@
+"""``python -m tests.chaos``: the campaign, or the part of it that is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.chaos import report
+from tests.chaos.arena import Arena
+from tests.chaos.checker import Result
+from tests.chaos.kinds import KINDS
+from tests.chaos.run import run
+from tests.chaos.scenarios import SCENARIOS, Scenario
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", default="1", help="chooses what is done when (default: 1)")
+    parser.add_argument(
+        "--scenario", action="append", help="a scenario's name or a part of it; may be repeated"
+    )
+    parser.add_argument("--backend", choices=[*KINDS, "all"], default="ours")
+    parser.add_argument("--chords", type=int, default=40, help="chords a scenario (default: 40)")
+    parser.add_argument("--report", type=Path, help="a folder for the report and all logs")
+    parser.add_argument("--list", action="store_true", help="tell the scenarios and end")
+    return parser.parse_args(argv)
+
+
+def chosen(names: Sequence[str] | None) -> list[Scenario]:
+    """The scenarios that were asked for."""
+    wanted = [name for name in names or [] if name]
+    found = [s for s in SCENARIOS.values() if not wanted or any(name in s.name for name in wanted)]
+    if not found:
+        sys.exit(f"no such scenario: {', '.join(wanted)}; --list tells them")
+    return [SCENARIOS[wanted[0]]] if len(wanted) == 1 and wanted[0] in SCENARIOS else found
+
+
+def campaign(options: argparse.Namespace, folder: Path) -> list[Result]:
+    """Run what was asked for; every result is saved as it comes."""
+    results: list[Result] = []
+    for name in KINDS if options.backend == "all" else [options.backend]:
+        kind = KINDS[name]
+        with Arena(kind) as arena:
+            for scenario in chosen(options.scenario):
+                if scenario.ours and not kind.ours:
+                    continue
+                place = folder / name / scenario.name.replace(" ", "-").replace(":", "-")
+                place.mkdir(parents=True)
+                results.append(_run(arena, scenario, options, place))
+                report.save(results, folder)
+    return results
+
+
+def _run(arena: Arena, scenario: Scenario, options: argparse.Namespace, place: Path) -> Result:
+    try:
+        result = run(arena, scenario, options.seed, options.chords, place)
+    except Exception:
+        for server in (arena.postgres, arena.broker, arena.results):
+            server.start()
+        result = Result(scenario.name, arena.kind.name, options.seed, wrong=1)
+        result.details.append(traceback.format_exc())
+    print(report.line(result), flush=True)
+    if arena.kind.ours and not result.clean:
+        print("\n".join(f"       {detail}" for detail in result.details), flush=True)
+    return result
+
+
+def main() -> int:
+    """The exit status tells whether our backend kept every promise."""
+    options = arguments()
+    if options.list:
+        print("\n".join(f"{s.name:45} {s.does}" for s in SCENARIOS.values()))
+        return 0
+    folder = options.report or Path(tempfile.mkdtemp(prefix="pgbarrier-chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    results = campaign(options, folder)
+    print(f"\n{report.table(results)}\nseed {options.seed}; logs and report.json in {folder}")
+    return int(any(not r.clean for r in results if r.backend == "ours"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""From a scenario and a seed: which chords are called, who carries a ticket, what is done when."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from tests.chaos.chords import Chord
+from tests.chaos.scenarios import HITS, MIXTURE, Scenario
+from tests.chaos.tickets import Ticket
+
+#: How long a member takes where it is to be disturbed at a random moment, seconds.
+SECONDS = 0.1
+#: Seconds to the next deed: after most of them, so that another worker is there to take over.
+SPACING = {
+    "child": 0.3, "producer": 0.0, "worker": 4.0, "parent": 4.0, "pause": 4.0, "broker": 1.5,
+    "flush": 1.0, "database": 2.0, "reaper": 0.0, "beat": 1.0, "cut": 2.0, "freeze": 7.0,
+    "duplicate": 0.05,
+}  # fmt: skip
+ACTS = 16
+#: How much faster a mixture goes: its deeds meet.
+HASTE = 0.5
+
+
+def chords(
+    scenario: Scenario, count: int, seconds: float, chance: random.Random, folder: Path
+) -> list[Chord]:
+    """The chords of a scenario, in the order of their calls, which take so many seconds."""
+    carriers = _carriers(scenario, count, chance)
+    ending = range(0, count, 4) if scenario.ends else ()
+    mixed_ends = set(chance.sample(range(count), count // 8)) if scenario.mixed else set()
+    deeds = bool(scenario.acts or scenario.mixed)
+    found = []
+    for number in range(count):
+        label = f"chord-{number}"
+        ticket = None
+        if number in carriers:
+            ticket = Ticket(scenario.point, scenario.victim, str(folder / label))
+        found.append(
+            Chord(
+                label,
+                chance.randint(2, 6),
+                seconds=SECONDS if deeds else 0.0,
+                ticket=ticket,
+                where=scenario.where if ticket else "",
+                ends=scenario.ends if number in ending else "fail" if number in mixed_ends else "",
+                pause=seconds / count if deeds or not ticket else SPACING[scenario.victim],
+            )
+        )
+    return found
+
+
+def _carriers(scenario: Scenario, count: int, chance: random.Random) -> set[int]:
+    if not scenario.point:
+        return set()
+    hits = HITS[scenario.victim]
+    if not hits:
+        return set(range(count))
+    return set(chance.sample(range(count), max(1, min(hits, count // 8))))
+
+
+def acts(scenario: Scenario, chance: random.Random) -> list[tuple[float, str]]:
+    """What is done at random moments of the calls, with the seconds since the first of them."""
+    names = list(scenario.acts)
+    if scenario.mixed:
+        names = chance.choices(list(MIXTURE), list(MIXTURE.values()), k=ACTS)
+    chance.shuffle(names)
+    moment, found = 0.2, []
+    for name in names:
+        found.append((moment, name))
+        moment += SPACING[name] * chance.uniform(0.7, 1.3) * (HASTE if scenario.mixed else 1.0)
+    return found

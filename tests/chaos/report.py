@@ -1,0 +1,79 @@
+"""The table of a campaign, as Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.chaos.checker import Result
+from tests.chaos.kinds import BOUND, KINDS
+
+COLUMNS = (
+    "scenario", "chords", "hits", "lost", "doubled", "wrong", "effects twice",
+    "run again after success", "left behind", "recovery p50", "max",
+)  # fmt: skip
+
+
+def line(result: Result) -> str:
+    """One result, for the one who waits."""
+    verdict = "ok  " if result.clean else "FAIL" if result.backend == "ours" else "    "
+    return f"{verdict} {result.seconds:5.1f} s  {' | '.join(_cells(result))}"
+
+
+def table(results: Sequence[Result]) -> str:
+    """The Markdown tables of all backends, one after the other."""
+    parts = [_section(name, [r for r in results if r.backend == name]) for name in KINDS]
+    return "\n".join(filter(None, parts))
+
+
+def _section(name: str, results: Sequence[Result]) -> str:
+    if not results:
+        return ""
+    lines = [f"### {KINDS[name].title}", "", _row(COLUMNS)]
+    lines.append(_row("---" if n == 0 else "---:" for n in range(len(COLUMNS))))
+    lines += [_row(_cells(result)) for result in results]
+    lines.append(_row(f"**{cell}**" for cell in _cells(total(results))))
+    recovery = [seconds for result in results for seconds in result.recovery]
+    within = sum(seconds <= BOUND for seconds in recovery)
+    seconds = sum(result.seconds for result in results)
+    lines += [
+        "",
+        f"{within} of {len(recovery)} recoveries within {BOUND:g} s "
+        f"(lease + 2 heartbeats + reap interval); {seconds / 60:.0f} minutes in all.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def total(results: Sequence[Result]) -> Result:
+    """The sum of results."""
+    whole = Result("all", results[0].backend, "")
+    for result in results:
+        for key, value in asdict(result).items():
+            if isinstance(value, (int, float, list)):
+                setattr(whole, key, getattr(whole, key) + value)
+    return whole
+
+
+def _cells(result: Result) -> list[str]:
+    counts = (
+        result.chords, result.hits, result.lost, result.doubled, result.wrong, result.effects,
+        result.reruns, result.rows,
+    )  # fmt: skip
+    times = ["-", "-"]
+    if result.recovery:
+        times = [f"{t:.1f} s" for t in (statistics.median(result.recovery), max(result.recovery))]
+    return [result.scenario, *map(str, counts), *times]
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def save(results: Sequence[Result], folder: Path) -> None:
+    """Write ``report.md``, and ``report.json`` with every detail."""
+    (folder / "report.md").write_text(table(results))
+    (folder / "report.json").write_text(json.dumps([asdict(r) for r in results], indent=1))
