@@ -81,12 +81,12 @@ def _outcome_parameters(host: Host, outcome: Outcome) -> dict[str, Any]:
     stamp = fence.stamp
     return {
         "id": outcome.task_id,
-        "status": outcome.status,
+        "status": outcome.status if outcome.visible else "PENDING",
         "result": outcome.result,
-        "visible": outcome.visible,
         "write_token": outcome.write_token,
         "expires": host.keep,
         "token": fence.token,
+        "barrier": fence.barrier,
         "attempt": fence.attempt,
         "worker": fence.worker,
         "pid": fence.pid,
@@ -96,15 +96,24 @@ def _outcome_parameters(host: Host, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _outcome_statement(outcome: Outcome) -> str:
-    return sql.FINISH if outcome.fence.token else sql.RECORD
+def _outcome_statements(outcome: Outcome) -> tuple[str, ...]:
+    """Return what writes an outcome: the short statement of the usual case, then the long one."""
+    fence = outcome.fence
+    if fence.token is not None:
+        return (sql.FINISH_MEMBER if fence.barrier else sql.FINISH_ALONE), sql.FINISH
+    if fence.worker is not None:
+        return (sql.RECORD,)
+    return (sql.RECORD_ROW if fence.has_row else sql.RECORD_ALONE), sql.RECORD
 
 
 def _write_outcome(connection: Connection, host: Host, outcome: Outcome) -> tuple[bool, str | None]:
     """Write an outcome; return whether it was accepted and the barrier that it completed."""
-    clause = host.database.sql[_outcome_statement(outcome)]
-    row = connection.execute(clause, _outcome_parameters(host, outcome)).one()
-    return bool(row.accepted), row.ready
+    parameters = _outcome_parameters(host, outcome)
+    for statement in _outcome_statements(outcome):
+        row = connection.execute(host.database.sql[statement], parameters).first()
+        if row is not None:
+            return True, row.ready
+    return False, None
 
 
 def _write_hand_over(connection: Connection, host: Host, step: HandOver, unit: Unit) -> bool:
@@ -264,11 +273,11 @@ def commit(host: Host, unit: Unit, patience: float) -> Committed | None:
         DatabaseRetryLater: out of patience, it is unknown whether it was committed.
     """
     if isinstance(unit.primary, Outcome) and unit.plain:
-        outcome = unit.primary
-        statement, parameters = _outcome_statement(outcome), _outcome_parameters(host, outcome)
-        row = host.database.statement(statement, parameters, patience)[0]
-        if row.accepted:
-            return Committed([row.ready] if row.ready else [])
+        parameters = _outcome_parameters(host, unit.primary)
+        for statement in _outcome_statements(unit.primary):
+            rows = host.database.statement(statement, parameters, patience)
+            if rows:
+                return Committed([rows[0].ready] if rows[0].ready else [])
     else:
         try:
             return host.database.transaction(lambda conn: write(conn, host, unit), patience)

@@ -106,7 +106,13 @@ def fence_for(task_id: str, request: Any) -> Fence:
     parent = _parent_fence.get()
     if parent is not None and parent[0] == task_id:
         return parent[1]
-    return Fence()
+    return Fence(has_row=is_recorded(task_id, request))
+
+
+def is_recorded(task_id: str | None, request: Any) -> bool:
+    """Tell whether a task's message was recorded, so that its row waits for an outcome."""
+    stamp = getattr(request, STAMP, None)
+    return bool(stamp and stamp.get("rec") and stamp.get("id") == task_id)
 
 
 # -- the hook

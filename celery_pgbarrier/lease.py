@@ -109,7 +109,9 @@ class Attempt:
 
     def fence(self) -> Fence:
         """Return the word on which this attempt's outcome stands."""
-        return Fence(token=self.token, stamp=self.stamp, attempt=self.number)
+        return Fence(
+            token=self.token, stamp=self.stamp, attempt=self.number, barrier=self.barrier_id
+        )
 
     def next_stamp(self) -> Stamp:
         """Return the stamp of the task's next message."""
@@ -150,16 +152,17 @@ def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
         "status": request.status,
         "result": request.result,
     }
-    statement = sql.CLAIM_RECORDED
+    usual, statement = sql.CLAIM_QUEUED, sql.CLAIM_RECORDED
     if not stamp.recorded and request.envelope is not None:
         envelope = request.envelope()
         recorded = Stamp(stamp.call, stamp.seq, True)
         envelope.headers[STAMP] = recorded.header(request.task_id)
-        statement = sql.CLAIM_NEW
+        usual, statement = sql.CLAIM_FIRST, sql.CLAIM_NEW
         parameters.update(name=request.name, queue=envelope.queue, message=envelope.encode())
     patience = host.settings.outcome_timeout
     while True:
-        rows = host.database.statement(statement, parameters, patience)
+        rows = host.database.statement(usual, parameters, patience)
+        rows = rows or host.database.statement(statement, parameters, patience)
         if rows:
             attempt = Attempt(
                 request.task_id, stamp, token, rows[0].attempt, rows[0].barrier_id, Unit(stamp.call)
@@ -275,7 +278,7 @@ def inspect(host: Host, task_id: str, patience: float) -> Held | None:
     )[0]
     if seen.state is None:
         return None
-    held = seen._mapping
+    held = seen._asdict()
     fields = ("state", "token", "worker", "pid", "call", "seq", "barrier_id", "message")
     return Held(task_id, **{field: held[field] for field in fields})
 

@@ -135,7 +135,7 @@ class Outcomes(Results):
             unit.poison = Poison(task_id, getattr(request, "task", None), str(result))
         with capture.into(unit, outcomes=True):
             record()
-            if attempt is not None or _recorded(request):
+            if attempt is not None or capture.is_recorded(task_id, request):
                 member = attempt is not None and attempt.barrier_id is not None
                 needed = member or bool(getattr(request, "chord", None))
                 self._hidden(unit, task_id, result, state, request, needed=needed)
@@ -203,12 +203,6 @@ def recorded_request(row: Held | None) -> Context | None:
     if row is None or row.message is None:
         return None
     return Context(Envelope.decode(row.message).request())
-
-
-def _recorded(request: Any) -> bool:
-    """Tell whether a plain task's message was recorded, so that its row waits for an outcome."""
-    stamp = getattr(request, STAMP, None)
-    return bool(stamp and stamp.get("rec") and stamp.get("id") == getattr(request, "id", None))
 
 
 def _call_of(request: Any) -> str | None:

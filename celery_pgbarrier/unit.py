@@ -76,10 +76,11 @@ class Stamp:
 class Fence:
     """On whose word an outcome is written.
 
-    An attempt gives its claim ``token``, and its number and stamp, by which a claim is recognised
-    that a crash of the server took back (first claims are not flushed).  A worker's parent gives
+    An attempt gives its claim ``token`` and the ``barrier`` that it counts for, and its number and
+    stamp, by which a claim is recognised that a crash of the server took back (first claims are not
+    flushed).  A worker's parent gives
     ``worker``, ``pid`` (of the child) and the ``stamp`` of the message in its hand.  Neither: a
-    plain task.
+    plain task; ``has_row`` tells that it was recorded before it ran.
     """
 
     token: str | None = None
@@ -87,6 +88,8 @@ class Fence:
     pid: int | None = None
     stamp: Stamp | None = None
     attempt: int = 0
+    barrier: str | None = None
+    has_row: bool = False
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, CursorResult, Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -24,6 +24,7 @@ from celery_pgbarrier.errors import (
     DatabaseUnavailable,
     SchemaError,
 )
+from celery_pgbarrier.store import direct
 from celery_pgbarrier.store import schema as versions
 from celery_pgbarrier.store.sql import Statements
 
@@ -167,6 +168,8 @@ class Database:
         options = dict(self.engine_options)
         if "poolclass" not in options:
             options = {"pool_size": 5, "max_overflow": 10, "pool_recycle": 3600, **options}
+        # In autocommit mode a driver's rollback does nothing; transactions end themselves.
+        options.setdefault("pool_reset_on_return", None)
         arguments = {**_SILENCE, **(options.get("connect_args") or {})}
         if self.url.get_driver_name() == "psycopg":
             arguments.setdefault("prepare_threshold", None)  # PgBouncer in transaction mode
@@ -211,8 +214,8 @@ class Database:
 
         def attempt(committing: Callable[[], None]) -> T:
             with self.engine().connect() as connection:
-                connection.exec_driver_sql("BEGIN")
                 try:
+                    connection.exec_driver_sql("BEGIN")
                     result = work(connection)
                     committing()
                     connection.exec_driver_sql("COMMIT")
@@ -225,8 +228,8 @@ class Database:
 
     def statement(
         self, template: str, parameters: Mapping[str, Any], patience: float = 0.0
-    ) -> list[sa.Row[Any]]:
-        """Run one idempotent statement as its own transaction; return its rows.
+    ) -> list[Any]:
+        """Run one idempotent statement as its own transaction; return its rows as named tuples.
 
         Parameters and errors as :meth:`transaction`.
         """
@@ -238,13 +241,11 @@ class Database:
 
     def _statement(
         self, template: str, parameters: Mapping[str, Any], patience: float
-    ) -> tuple[list[sa.Row[Any]], int]:
-        def attempt(committing: Callable[[], None]) -> tuple[list[sa.Row[Any]], int]:
+    ) -> tuple[list[Any], int]:
+        def attempt(committing: Callable[[], None]) -> tuple[list[Any], int]:
             with self.engine().connect() as connection:
                 committing()
-                result: CursorResult[Any] = connection.execute(self.sql[template], parameters)
-                rows = list(result.all()) if result.returns_rows else []
-                return rows, result.rowcount
+                return direct.run(connection, self.sql.plain(template), parameters)
 
         return self._persist(attempt, patience)
 

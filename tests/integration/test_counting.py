@@ -47,10 +47,14 @@ def held(backend: BarrierBackend, tables: Tables, size: int) -> dict[str, str]:
     return tokens
 
 
-def outcome(backend: BarrierBackend, task_id: str, token: str) -> Unit:
+def outcome(
+    backend: BarrierBackend, task_id: str, token: str, barrier_id: str | None = None
+) -> Unit:
+    """A member's outcome: by the short statement for a barrier that is known, or by the long."""
     unit = Unit()
     meta = backend._meta(1, "SUCCESS", None, None)
-    unit.primary = Outcome(task_id, "SUCCESS", meta, fence=Fence(token=token))
+    fence = Fence(token=token, barrier=barrier_id)
+    unit.primary = Outcome(task_id, "SUCCESS", meta, fence=fence)
     return unit
 
 

@@ -56,7 +56,7 @@ def wired(
 
 #: What is said on the line when: the answer to it is lost.
 MOMENTS = {
-    "the claim of a member": "pgbarrier_task AS t SET \n    state = 'running'",
+    "the claim of a member": "pgbarrier_task AS t\n   SET state = 'running'",
     "the outcome of a member": "state = 'done', status",
     "a transaction": "COMMIT",
     "the release": "FOR UPDATE SKIP LOCKED",

@@ -1,4 +1,8 @@
-"""Who runs a task: claims, their release, the runs of plain tasks."""
+"""Who runs a task: claims, their release, the runs of plain tasks.
+
+A statement without a plan of its own is planned each time, which costs more than running it.  So
+the usual case of a claim has a short statement, and a long one decides what that refused.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,37 @@ SELECT attempt, crashes, barrier_id,
        set_config('synchronous_commit', CASE WHEN attempt = 1 AND fresh THEN 'off'
                   ELSE current_setting('synchronous_commit') END, true)
   FROM granted
+"""
+
+#: Grant a task that has no row yet, storing its own message so that it can be put back.  Nothing is
+#: granted where there is a row: see CLAIM_NEW.
+CLAIM_FIRST = """
+INSERT INTO {s}pgbarrier_task
+       (id, call, seq, state, status, attempt, token, worker, pid, thread, name, queue, message,
+        result, started_at)
+SELECT :id, CAST(:call AS uuid), :seq, 'running', COALESCE(CAST(:status AS text), 'PENDING'), 1,
+       CAST(:token AS uuid), w.id, :pid, :thread, CAST(:name AS text), CAST(:queue AS text),
+       CAST(:message AS bytea), CAST(:result AS bytea), clock_timestamp()
+  FROM {s}pgbarrier_worker w WHERE w.id = CAST(:worker AS uuid) AND w.state <> 'dead'
+ON CONFLICT (id) DO NOTHING
+RETURNING attempt, crashes, barrier_id, set_config('synchronous_commit', 'off', true)
+"""
+
+#: Grant a recorded task whose current message this is; any other case: see CLAIM_RECORDED.
+CLAIM_QUEUED = """
+UPDATE {s}pgbarrier_task AS t
+   SET state = 'running', token = CAST(:token AS uuid), worker = w.id, pid = :pid,
+       thread = :thread, rerun = true, started_at = clock_timestamp(), due_at = NULL,
+       attempt = t.attempt + 1, expires_at = NULL,
+       published_at = CASE WHEN t.copies = :copy THEN t.published_at END,
+       status = COALESCE(CAST(:status AS text), t.status),
+       result = COALESCE(CAST(:result AS bytea), t.result)
+  FROM {s}pgbarrier_worker w
+ WHERE t.id = :id AND t.state = 'queued' AND t.call = CAST(:call AS uuid) AND t.seq = :seq
+   AND w.id = CAST(:worker AS uuid) AND w.state <> 'dead'
+RETURNING t.attempt, t.crashes, t.barrier_id,
+          set_config('synchronous_commit', CASE WHEN t.attempt = 1 THEN 'off'
+                     ELSE current_setting('synchronous_commit') END, true)
 """
 
 #: Grant a recorded task to this process.

@@ -1,4 +1,8 @@
-"""The end of a task, or of one attempt: outcomes, states, hand-overs."""
+"""The end of a task, or of one attempt: outcomes, states, hand-overs.
+
+As with claims, the usual cases have short statements, which are planned faster than the long ones
+that decide what those refused.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +23,58 @@ _COUNT = """
       FROM slot WHERE slot.remaining = 0 AND b.id = slot.barrier_id
     RETURNING b.id, b.state
 )
-SELECT (SELECT count(*) FROM done) AS accepted,
-       (SELECT id FROM closed WHERE state = 'ready') AS ready
+SELECT (SELECT id FROM closed WHERE state = 'ready') AS ready FROM done
 """
 
 _DONE = """
-    state = 'done', status = CASE WHEN CAST(:visible AS boolean) THEN :status ELSE 'PENDING' END,
-    result = CAST(:result AS bytea), token = NULL, last_token = CAST(:write_token AS uuid),
-    worker = NULL, message = NULL, due_at = NULL, done_at = clock_timestamp(),
+    state = 'done', status = :status, result = CAST(:result AS bytea), token = NULL,
+    last_token = CAST(:write_token AS uuid), worker = NULL, message = NULL, due_at = NULL,
+    done_at = clock_timestamp(),
     expires_at = CASE WHEN t.barrier_id IS NULL
                       THEN clock_timestamp() + make_interval(secs => CAST(:expires AS float8)) END
+"""
+
+#: What a task without a barrier is set to.
+_DONE_ALONE = """
+    state = 'done', status = :status, result = CAST(:result AS bytea), token = NULL,
+    last_token = CAST(:write_token AS uuid), worker = NULL, message = NULL, due_at = NULL,
+    done_at = clock_timestamp(),
+    expires_at = clock_timestamp() + make_interval(secs => CAST(:expires AS float8))
+"""
+
+#: The outcome of a claimed attempt of a task in no chord.
+FINISH_ALONE = (
+    "UPDATE {s}pgbarrier_task SET "
+    + _DONE_ALONE
+    + """
+ WHERE id = :id AND state = 'running' AND token = CAST(:token AS uuid) AND barrier_id IS NULL
+RETURNING NULL AS ready
+"""
+)
+
+#: The outcome of a claimed member, counted.  The same as FINISH, for a barrier that is known.
+FINISH_MEMBER = """
+WITH done AS (
+    UPDATE {s}pgbarrier_task
+       SET state = 'done', status = :status, result = CAST(:result AS bytea), token = NULL,
+           last_token = CAST(:write_token AS uuid), worker = NULL, message = NULL, due_at = NULL,
+           done_at = clock_timestamp(), expires_at = NULL
+     WHERE id = :id AND state = 'running' AND token = CAST(:token AS uuid)
+       AND barrier_id = :barrier
+    RETURNING slot
+), slot AS (
+    UPDATE {s}pgbarrier_slot SET remaining = remaining - 1
+     WHERE barrier_id = :barrier AND slot = (SELECT slot FROM done)
+    RETURNING remaining
+), closed AS (
+    UPDATE {s}pgbarrier_barrier
+       SET open_slots = open_slots - 1,
+           state = CASE WHEN open_slots = 1 AND state = 'waiting' THEN 'ready' ELSE state END,
+           ready_at = CASE WHEN open_slots = 1 THEN clock_timestamp() ELSE ready_at END
+     WHERE id = :barrier AND (SELECT remaining FROM slot) = 0
+    RETURNING id, state
+)
+SELECT (SELECT id FROM closed WHERE state = 'ready') AS ready FROM done
 """
 
 #: The outcome of a claimed attempt: accepted only under its token, or where a crash of the server
@@ -45,6 +91,32 @@ FINISH = (
     + _COUNT
 )
 
+#: The outcome of a plain task that has no row, or one that only tells its state.
+RECORD_ALONE = (
+    """
+INSERT INTO {s}pgbarrier_task AS t
+       (id, call, state, status, result, last_token, done_at, expires_at)
+VALUES (:id, CAST(:call AS uuid), 'done', :status, CAST(:result AS bytea),
+        CAST(:write_token AS uuid), clock_timestamp(),
+        clock_timestamp() + make_interval(secs => CAST(:expires AS float8)))
+ON CONFLICT (id) DO UPDATE SET """
+    + _DONE_ALONE
+    + """
+ WHERE t.state = 'untracked' AND t.token IS NULL AND t.barrier_id IS NULL AND t.call IS NULL
+RETURNING NULL AS ready
+"""
+)
+
+#: The outcome of a plain task whose message was recorded, counted where it is a member.
+RECORD_ROW = (
+    "WITH done AS (UPDATE {s}pgbarrier_task AS t SET "
+    + _DONE
+    + """
+     WHERE t.id = :id AND t.state IN ('queued', 'running') AND t.token IS NULL
+    RETURNING t.barrier_id, t.slot)"""
+    + _COUNT
+)
+
 #: The outcome of a run without a claim: accepted unless another holder is running the task, the
 #: message is an old copy, or an outcome stands that may not be replaced.
 RECORD = (
@@ -52,9 +124,8 @@ RECORD = (
 WITH done AS (
     INSERT INTO {s}pgbarrier_task AS t
            (id, call, state, status, result, last_token, done_at, expires_at)
-    SELECT :id, CAST(:call AS uuid), 'done',
-           CASE WHEN CAST(:visible AS boolean) THEN :status ELSE 'PENDING' END,
-           CAST(:result AS bytea), CAST(:write_token AS uuid), clock_timestamp(),
+    SELECT :id, CAST(:call AS uuid), 'done', :status, CAST(:result AS bytea),
+           CAST(:write_token AS uuid), clock_timestamp(),
            clock_timestamp() + make_interval(secs => CAST(:expires AS float8))
      WHERE CAST(:may_insert AS boolean)
         OR EXISTS (SELECT 1 FROM {s}pgbarrier_task WHERE id = :id)

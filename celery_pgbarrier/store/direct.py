@@ -1,0 +1,86 @@
+"""One statement through the driver's own cursor: the path of every task.
+
+SQLAlchemy keeps the pool, the connections and the reading of errors. What is left out is its
+execution layer, which took twice as much of a process's time as the driver itself: the statements
+are plain SQL and their rows need no types.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.engine.interfaces import DBAPICursor
+from sqlalchemy.exc import DBAPIError
+
+
+def run(
+    connection: Connection, statement: str, parameters: Mapping[str, Any]
+) -> tuple[list[Any], int]:
+    """Run a statement on a connection in autocommit mode.
+
+    Parameters:
+        statement: SQL in the driver's own style (``%(name)s``).
+
+    Returns the rows, as named tuples, and the number of rows that were touched.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: as SQLAlchemy raises it, with ``connection_invalidated`` set
+            where the connection is gone.
+    """
+    cursor: DBAPICursor | None = None
+    try:
+        cursor = connection.connection.cursor()
+        cursor.execute(statement, parameters)
+        rows: list[Any] = []
+        if cursor.description is not None:
+            names = tuple(column[0] for column in cursor.description)
+            rows = list(map(_row(names)._make, cursor.fetchall()))
+        touched = cursor.rowcount
+        cursor.close()
+    except connection.dialect.loaded_dbapi.Error as error:
+        raise _read(connection, cursor, statement, parameters, error) from error
+    except BaseException:
+        # A soft time limit, say: the connection may be in the middle of an answer.
+        connection.invalidate()
+        raise
+    return rows, touched
+
+
+@lru_cache(maxsize=256)
+def _row(names: tuple[str, ...]) -> Any:
+    return namedtuple("Row", names, rename=True)
+
+
+def _read(
+    connection: Connection,
+    cursor: DBAPICursor | None,
+    statement: str,
+    parameters: Mapping[str, Any],
+    error: Any,
+) -> DBAPIError:
+    """Return a driver's error as SQLAlchemy's.
+
+    After a lost connection the other idle ones are taken for lost too, as SQLAlchemy does.
+    """
+    dialect, engine = connection.dialect, connection.engine
+    driver: Any = dialect.loaded_dbapi
+    used: Any = connection.connection.dbapi_connection
+    gone = dialect.is_disconnect(error, used, cursor)
+    if gone:
+        connection.invalidate()
+        engine.dispose()
+    read = DBAPIError.instance(
+        statement,
+        dict(parameters),
+        error,
+        driver.Error,
+        hide_parameters=engine.hide_parameters,
+        connection_invalidated=gone,
+        dialect=dialect,
+    )
+    assert isinstance(read, DBAPIError)
+    return read
