@@ -5,7 +5,9 @@ PostgreSQL is the source of truth, the broker only delivers.
 
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.beat import beat_schedule
+from celery_pgbarrier.effects import Transaction
 from celery_pgbarrier.errors import (
+    ClaimLost,
     ConfigurationError,
     DatabaseUnavailable,
     DispatchConflict,
@@ -19,6 +21,7 @@ from celery_pgbarrier.errors import (
     SchemaError,
     TaskCrashed,
     TaskPoisoned,
+    TransactionError,
 )
 from celery_pgbarrier.poison import task_poisoned
 from celery_pgbarrier.task import BarrierTask
@@ -29,9 +32,11 @@ __all__ = [
     # what an app uses
     "BarrierBackend",
     "BarrierTask",
+    "Transaction",
     "beat_schedule",
     "task_poisoned",
     # errors
+    "ClaimLost",
     "ConfigurationError",
     "DatabaseUnavailable",
     "DispatchConflict",
@@ -45,4 +50,5 @@ __all__ = [
     "SchemaError",
     "TaskCrashed",
     "TaskPoisoned",
+    "TransactionError",
 ]

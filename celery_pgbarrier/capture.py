@@ -36,7 +36,8 @@ ATTEMPT = "pgb_attempt"
 @dataclass(frozen=True)
 class _Scope:
     unit: Unit
-    outcomes: bool
+    outcomes: bool = False
+    body: bool = False
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("pgbarrier_scope", default=None)
@@ -62,13 +63,18 @@ def unit_for(task_id: str | None = None) -> Unit | None:
     While a task's body runs, only its own retry or replacement and the members that it adds to
     its chord wait for its outcome; what is sent after the body belongs to the outcome.
     """
-    scope = _scope.get()
-    if scope is not None:
+    scope, attempt = _scope.get(), current_attempt()
+    if attempt is not None and attempt.phase == "closed":
+        attempt = None
+    own = (
+        attempt is not None
+        and task_id is not None
+        and (task_id == attempt.task_id or task_id in attempt.added)
+    )
+    if scope is not None and not (scope.body and own):
         return scope.unit
-    attempt = current_attempt()
-    if attempt is None or attempt.phase == "closed":
+    if attempt is None:
         return None
-    own = task_id is not None and (task_id == attempt.task_id or task_id in attempt.added)
     return attempt.unit if attempt.phase == "ended" or own else None
 
 
@@ -79,9 +85,15 @@ def recording() -> Unit | None:
 
 
 @contextmanager
-def into(unit: Unit, outcomes: bool = False) -> Iterator[Unit]:
-    """Catch messages (and, where *outcomes*, results) of this context in *unit*."""
-    token = _scope.set(_Scope(unit, outcomes))
+def into(unit: Unit, outcomes: bool = False, body: bool = False) -> Iterator[Unit]:
+    """Catch messages of this context in *unit*.
+
+    Parameters:
+        outcomes: catch results too.
+        body: the task's own code goes on: what carries the task itself on, a retry, stays with
+            its attempt.
+    """
+    token = _scope.set(_Scope(unit, outcomes, body))
     try:
         yield unit
     finally:

@@ -38,6 +38,17 @@ class DispatchConflict(PgBarrierError):
     """A chord or task id was used again while its earlier run is still going on."""
 
 
+class ClaimLost(PgBarrierError):
+    """Another run of the task stands: this one may not commit, its transaction is rolled back.
+
+    Let it pass: the attempt ends without an outcome, and nothing that it sends is sent.
+    """
+
+
+class TransactionError(PgBarrierError):
+    """``self.transaction()`` is used in a way that cannot be exactly once; the message says how."""
+
+
 class MemberEndedWithoutResult(PgBarrierError):
     """A chord member raised ``Ignore``: it ended without a result, so its chord cannot complete."""
 

@@ -22,6 +22,8 @@ POINTS = {
     "dispatch.half-published": "the first of a chord's messages is published",
     "claim.granted": "a claim is committed, the body has not begun",
     "body.returned": "the body has returned, nothing of it is stored",
+    "effect.committing": "all of a self.transaction() is written, its COMMIT is not sent",
+    "effect.committed": "a self.transaction() is committed, its messages are not published",
     "finish.committed": "an outcome is committed, its continuation is not published",
     "release.committed": "a barrier is released, its body is not published",
     "reap.advanced": "the reaper has taken messages up, none is published",

@@ -102,6 +102,7 @@ class Attempt:
     entered: bool = False
     replaced: bool = False
     added: set[str] = field(default_factory=set)
+    steps: set[str] = field(default_factory=set)
 
     def own_message(self) -> Message | None:
         """Return the caught message that carries the task on: a retry or a replacement."""

@@ -259,6 +259,7 @@ def purge(host: barrier.Releasing, batches: int | None = None) -> int:
         partial(_purge_rows, host, sql.PURGE_GROUPS),
         partial(_purge_rows, host, sql.PURGE_POISON),
         partial(_purge_barriers, host),
+        partial(_purge_rows, host, sql.PURGE_EFFECTS),  # after their tasks
     ):
         run_batches(step, limits, done, stop=shutdown.stopping)
     day = max(host.settings.lease * 10, 3600.0)
@@ -266,7 +267,7 @@ def purge(host: barrier.Releasing, batches: int | None = None) -> int:
 
 
 def _purge_rows(host: barrier.Releasing, statement: str, size: int) -> Batch:
-    rows = host.database.count(statement, {"limit": size})
+    rows = host.database.count(statement, {"limit": size, "keep": host.keep})
     return Batch(rows, more=rows >= size)
 
 

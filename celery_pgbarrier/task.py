@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
 from celery.app.task import Task
 from celery.canvas import group
 from celery.exceptions import Ignore, Reject, Retry
+from celery.utils.log import get_logger
 
-from celery_pgbarrier import capture, faults
-from celery_pgbarrier.errors import ConfigurationError, MemberEndedWithoutResult
+from celery_pgbarrier import capture, effects, faults
+from celery_pgbarrier.effects import Place, Transaction
+from celery_pgbarrier.errors import ClaimLost, ConfigurationError, MemberEndedWithoutResult
 from celery_pgbarrier.lease import Attempt
 from celery_pgbarrier.unit import HandOver, Unit, ends_in_group
 
 __all__ = ["BarrierTask"]
+
+logger = get_logger(__name__)
 
 
 class BarrierTask(Task):  # type: ignore[misc]
@@ -89,6 +94,65 @@ class BarrierTask(Task):  # type: ignore[misc]
         with capture.into(attempt.unit):
             return super().add_to_chord(sig, lazy)
 
+    # -- effects
+
+    def transaction(
+        self, step: str, on: Place | Any = None, using: str | None = None
+    ) -> AbstractContextManager[Transaction]:
+        """Commit what a block writes to the result backend's database exactly once.
+
+        ::
+
+            with self.transaction("charge") as tx:
+                if not tx.done:
+                    tx.session.execute(insert(Charge).values(order=order))
+                    receipt.delay(order)  # is sent when the block is committed
+                    tx.set(amount)
+            amount = tx.value
+
+        A marker of (task, call, step) is committed with the block. A run that finds it, after a
+        crash or a retry, is given ``tx.done`` and the stored ``tx.value``, and leaves the block at
+        the latest at its first use of the database or its first message.  A run whose claim has
+        passed on is rolled back and ends.  An error in the block rolls it back and is raised.
+        Outside a worker (called as a function, or eagerly) it is a plain transaction.
+
+        Parameters:
+            step: the name of the step, one for each use in a run.
+            on: the user's own SQLAlchemy session, connection, engine or sessionmaker on the same
+                database, not in a transaction; by default a new session.
+            using: a Django database alias of the same database, in place of *on*.
+
+        Raises:
+            ClaimLost: the task has passed to another run; let it pass.
+            TransactionError: nested, a step used twice, a commit inside; the message says what.
+            ConfigurationError: the connection leads to another database.
+            DatabaseUnavailable: PostgreSQL is away; the block was not entered.
+        """
+        return effects.transaction(self, step, on, using)
+
+    def once(
+        self,
+        step: str,
+        function: Callable[..., Any],
+        *args: Any,
+        on: Place | Any = None,
+        using: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call ``function(tx, *args, **kwargs)`` in :meth:`transaction`; return its stored value.
+
+        Where the step is done, the function is not called.  After a deadlock, a serialization
+        failure or a lost connection the step is tried again for ``pgbarrier_dispatch_timeout``
+        seconds.
+
+        Parameters and errors as :meth:`transaction`.
+        """
+
+        def call(tx: Transaction) -> Any:
+            return function(tx, *args, **kwargs)
+
+        return effects.once(self, step, call, on, using)
+
     # -- the protocol
 
     def _in_worker(self) -> bool:
@@ -118,6 +182,10 @@ class BarrierTask(Task):  # type: ignore[misc]
         except Retry as retry:
             self._retried(attempt, retry)
             raise
+        except ClaimLost as lost:
+            attempt.phase = "closed"
+            logger.warning("%s", lost)
+            raise Ignore(str(lost)) from lost
         except Ignore as ignore:
             self._ignored(attempt, ignore)
             raise

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
@@ -99,7 +99,7 @@ def safe_url(url: URL) -> str:
     return url.set(query=query).render_as_string(hide_password=True)
 
 
-def _cut_off(error: Exception) -> bool:
+def cut_off(error: Exception) -> bool:
     """Tell whether the connection ended with a statement or COMMIT under way."""
     if not isinstance(error, DBAPIError):
         return False
@@ -126,6 +126,19 @@ def is_transient(error: Exception) -> bool:
     return error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
 
 
+class Commits(Protocol):
+    """A transaction that somebody else began."""
+
+    def commit(self) -> Any:
+        """Commit it."""
+        ...
+
+
+def commit(transaction: Commits) -> None:
+    """Commit a transaction that was begun outside of :meth:`Database.transaction`."""
+    transaction.commit()
+
+
 @dataclass
 class Database:
     """One database as one process sees it: a bounded pool, made anew after a fork.
@@ -148,6 +161,7 @@ class Database:
         self._engine: Engine | None = None
         self._pid = 0
         self._checked = False
+        self._lent: Database | None = None
 
     # -- connections
 
@@ -191,6 +205,27 @@ class Database:
         """Close the idle connections of this process."""
         if self._engine is not None and self._pid == os.getpid():
             self._engine.dispose()
+        if self._lent is not None:
+            self._lent.dispose()
+
+    def lend(self) -> Connection:
+        """Return a connection for a transaction of the user's code; the caller closes it.
+
+        It comes from a pool of its own: code that waits for such a connection must not hold up the
+        statements of code that has one.
+        """
+        if self._lent is None:
+            options = self.engine_options
+            self._lent = Database(self.url, self.schema, False, options)
+        connection = self._lent.engine().connect()
+        return connection.execution_options(isolation_level="READ COMMITTED")
+
+    def patiently(self, work: Callable[[], T], patience: float) -> T:
+        """Run *work*, which commits nothing, again while there is trouble that passes.
+
+        Parameters and errors as :meth:`transaction`.
+        """
+        return self._persist(lambda committing: work(), patience)
 
     # -- the two ways to work
 
@@ -270,7 +305,7 @@ class Database:
             except Exception as error:
                 if not is_transient(error):
                     raise self._explained(error) from error
-                ambiguous = ambiguous or (reached and _cut_off(error))
+                ambiguous = ambiguous or (reached and cut_off(error))
                 left = deadline - time.monotonic()
                 if stale and isinstance(error, DBAPIError) and error.connection_invalidated:
                     stale = False  # a pooled connection from before a restart: try a new one

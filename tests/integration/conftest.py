@@ -12,6 +12,7 @@ from celery import Celery
 from celery_pgbarrier.backend import BarrierBackend
 from tests.support import databases, tasks
 from tests.support.brokers import Broker
+from tests.support.charges import TABLE
 from tests.support.inline import InlineWorker, workers
 from tests.support.tables import Tables, close_pools
 from tests.support.waiting import wait_until
@@ -47,7 +48,7 @@ def emptied_database_url(postgres_server: str, module_database: str) -> Iterator
     """
     tables = Tables(module_database)
     wait_until(lambda: tables.cut_connections() == 0, 10, "nobody is connected")
-    for table in ("task", "slot", "barrier", "worker", "group", "queue", "poison"):
+    for table in ("task", "slot", "barrier", "worker", "group", "queue", "poison", "effect"):
         tables.ask(f"DELETE FROM pgbarrier_{table}")
     tables.ask("UPDATE pgbarrier_reaper SET pass_at = 'epoch'")
     yield module_database
@@ -78,6 +79,14 @@ def backend(app: Celery) -> BarrierBackend:
 @pytest.fixture
 def tables(database_url: str) -> Tables:
     return Tables(database_url)
+
+
+@pytest.fixture
+def charges(tables: Tables) -> Callable[[], list[str]]:
+    """The names in the table that blocks of ``self.transaction()`` write to."""
+    tables.ask(TABLE)
+    tables.ask("TRUNCATE charge")
+    return lambda: [row.name for row in tables.ask("SELECT name FROM charge ORDER BY id")]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from celery_pgbarrier.store.sql.barriers import *
 from celery_pgbarrier.store.sql.claims import *
+from celery_pgbarrier.store.sql.effects import *
 from celery_pgbarrier.store.sql.messages import *
 from celery_pgbarrier.store.sql.outcomes import *
 from celery_pgbarrier.store.sql.poison import *
