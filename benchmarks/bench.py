@@ -4,7 +4,7 @@
     python -m benchmarks.bench --list
     python -m benchmarks.bench --questions chord,throughput --rounds 8
     python -m benchmarks.bench --preset final --json bench.json
-    python -m benchmarks.bench --report bench.json        (markdown for docs/performance.md)
+    python -m benchmarks.bench --report bench.json --into docs/performance.md
 
 Every peer has a database, a queue, a worker of two prefork processes and a producer of its own.
 Needs RabbitMQ, Redis and PostgreSQL: PGBARRIER_BENCH_RABBITMQ, PGBARRIER_BENCH_REDIS,
@@ -46,6 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=sorted(PRESETS), help="all that matters, bounded")
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     parser.add_argument("--report", type=Path, help="print the markdown of such a file; no run")
+    parser.add_argument("--into", type=Path, help="put it between the markers of this page")
     parser.add_argument("--list", action="store_true", help="print the questions; no run")
     return parser.parse_args(arguments)
 
@@ -114,9 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:12} {module.TITLE}")
         return 0
     if options.report:
-        print(report.markdown(Book.decode(json.loads(options.report.read_text()))))
+        book = Book.decode(json.loads(options.report.read_text()))
+        if options.into:
+            report.insert(options.into, book)
+        else:
+            print(report.markdown(book))
         return 0
     book = run(options)
+    report.print_goals(book)
     for question, failure in book.failures:
         print(f"FAILED {question}: {failure}", file=sys.stderr)
     return 1 if book.failures else 0

@@ -53,7 +53,7 @@ def run(lab: Lab, plan: Plan, book: Book) -> None:
 
 def _note(book: Book, name: str, rows: int, took: float, writer: Writer) -> None:
     base = "one plain DELETE"
-    book.add(f"{rows:,} results deleted", name, "/s", rows / took, base=base)
+    book.add(f"{rows:,} rows: results deleted", name, "/s", rows / took, base=base)
     book.add("longest lock wait of the writer", name, "s", writer.longest, "max", base=base)
     book.add("slowest update of the writer", name, "s", writer.slowest, "max", base=base)
     book.add("updates meanwhile", name, "/s", writer.count / took, base=base)
