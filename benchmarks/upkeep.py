@@ -7,59 +7,70 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psycopg2.extensions
 import sqlalchemy as sa
 
 from benchmarks.app import app
 
 #: What EXPLAIN shows of an update, and none of its effects.
 EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, WAL, FORMAT JSON) "
+EXPLAINED = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
 #: Rows that are read faster from end to end than by an index.
 FEW = 500
 
 
-def reap() -> dict[str, Any]:
-    """One pass of the reaper: seconds, seconds of statements, what it did."""
+class Watched(psycopg2.extensions.cursor):
+    """A cursor that tells of each statement, by whichever way it came."""
+
+    spent = 0.0
+    plans: list[dict[str, Any]] | None = None
+
+    def execute(self, query: Any, parameters: Any = None) -> None:
+        """Run a statement and add up how long it took, or explain it first."""
+        if Watched.plans is not None and query.split(None, 1)[0].upper() in EXPLAINED:
+            Watched.plans.append(_explain(self.connection, query, parameters))
+        begun = time.perf_counter()
+        try:
+            super().execute(query, parameters)
+        finally:
+            Watched.spent += time.perf_counter() - begun
+
+
+def _watch(connection: Any, *_: Any) -> None:
+    connection.cursor_factory = Watched
+
+
+def _pass() -> str:
+    """One pass of the reaper on connections that are watched; what it did."""
     from celery_pgbarrier import reaper
 
-    engine, spent = app.backend.database.engine(), [0.0, 0.0]
+    engine = app.backend.database.engine()
+    if not sa.event.contains(engine, "checkout", _watch):
+        sa.event.listen(engine, "checkout", _watch)
+    return repr(reaper.run_once(app.backend))
 
-    def before(*_: Any) -> None:
-        spent[0] = time.perf_counter()
 
-    def after(*_: Any) -> None:
-        spent[1] += time.perf_counter() - spent[0]
-
-    sa.event.listen(engine, "before_cursor_execute", before)
-    sa.event.listen(engine, "after_cursor_execute", after)
-    begun = time.perf_counter()
-    counts = reaper.run_once(app.backend)
-    took = time.perf_counter() - begun
-    sa.event.remove(engine, "before_cursor_execute", before)
-    sa.event.remove(engine, "after_cursor_execute", after)
-    return {"seconds": took, "database": spent[1], "counts": repr(counts)}
+def reap() -> dict[str, Any]:
+    """One pass of the reaper: seconds, seconds of statements, what it did."""
+    Watched.spent, begun = 0.0, time.perf_counter()
+    counts = _pass()
+    return {"seconds": time.perf_counter() - begun, "database": Watched.spent, "counts": counts}
 
 
 def explain_reap() -> list[dict[str, Any]]:
     """One pass of the reaper, each statement explained just before it runs."""
-    from celery_pgbarrier import reaper
-
-    engine, plans = app.backend.database.engine(), []
-
-    def before(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if statement.split(None, 1)[0].upper() in ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH"):
-            plans.append(_explain(connection.connection, statement, parameters))
-
-    sa.event.listen(engine, "before_cursor_execute", before)
+    Watched.plans = plans = []
     try:
-        reaper.run_once(app.backend)
+        _pass()
     finally:
-        sa.event.remove(engine, "before_cursor_execute", before)
+        Watched.plans = None
+    assert plans, "no statement was seen"
     return plans
 
 
 def _explain(connection: Any, statement: str, parameters: Any) -> dict[str, Any]:
-    cursor = connection.cursor()
-    idle = connection.dbapi_connection.info.transaction_status == 0
+    cursor = connection.cursor(cursor_factory=psycopg2.extensions.cursor)
+    idle = connection.info.transaction_status == psycopg2.extensions.TRANSACTION_STATUS_IDLE
     cursor.execute("BEGIN" if idle else "SAVEPOINT explained")
     cursor.execute(EXPLAIN + statement, parameters)
     answer = cursor.fetchone()[0]
@@ -76,12 +87,17 @@ def _explain(connection: Any, statement: str, parameters: Any) -> dict[str, Any]
 
 
 def _sequential(plan: dict[str, Any]) -> list[str]:
-    """The relations that a plan has read from end to end, those of a few rows left out."""
+    """What a plan has read from end to end, tables or indexes; those of a few rows left out.
+
+    An index without a condition on it is read from its beginning to where enough has been found.
+    """
     found = []
-    if plan["Node Type"] == "Seq Scan":
+    if plan["Node Type"] == "Seq Scan" or (
+        plan["Node Type"].startswith("Index") and "Index Cond" not in plan
+    ):
         read = plan.get("Actual Rows", 0) + plan.get("Rows Removed by Filter", 0)
         if read * plan.get("Actual Loops", 0) > FEW:
-            found.append(plan["Relation Name"])
+            found.append(plan.get("Index Name") or plan["Relation Name"])
     for part in plan.get("Plans", ()):
         found += _sequential(part)
     return found

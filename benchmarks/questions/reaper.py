@@ -83,11 +83,13 @@ def _ask(book: Book, peer: Peer, label: str, repeat: int) -> None:
     if repeat > 1:
         plans = peer.producer.call("explain_reap")
         for plan in sorted(plans, key=lambda each: -float(each["ms"]))[:8]:
-            scans = "".join(f", SEQUENTIAL SCAN of {name}" for name in plan["sequential"])
+            scans = "".join(f", {name} READ FROM END TO END" for name in plan["sequential"])
             cost = f"{plan['ms']:.2f} ms, {plan['buffers']:,} buffers{scans}"
             book.note(f"{cost}: {plan['statement']}")
         scanned = {name for plan in plans for name in plan["sequential"]}
-        book.add(f"{label}: tables read from end to end", "pgbarrier", "", float(len(scanned)))
+        book.add(
+            f"{label}: tables or indexes read from end to end", "pgbarrier", "", float(len(scanned))
+        )
     for _ in range(repeat):
         found = peer.producer.call("reap")
         book.add(f"{label}: statements", "pgbarrier", "s", found["database"])
