@@ -18,12 +18,14 @@ from celery_pgbarrier.errors import (
     NeverClaimed,
     NotPoisoned,
     PgBarrierError,
+    ResultsGone,
     SchemaError,
     TaskCrashed,
     TaskPoisoned,
     TransactionError,
 )
 from celery_pgbarrier.poison import task_poisoned
+from celery_pgbarrier.reference import LazyResults
 from celery_pgbarrier.task import BarrierTask
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ __all__ = [
     "BarrierBackend",
     "BarrierTask",
     "Transaction",
+    "LazyResults",
     "beat_schedule",
     "task_poisoned",
     # errors
@@ -47,6 +50,7 @@ __all__ = [
     "NeverClaimed",
     "NotPoisoned",
     "PgBarrierError",
+    "ResultsGone",
     "SchemaError",
     "TaskCrashed",
     "TaskPoisoned",

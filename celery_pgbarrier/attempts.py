@@ -12,11 +12,12 @@ from celery.utils.log import get_logger
 from kombu.serialization import dumps
 from kombu.utils.encoding import ensure_bytes
 
-from celery_pgbarrier import capture, compat, lease, reaper
+from celery_pgbarrier import capture, compat, lease, reaper, reference
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable, MessageUnreadable, PgBarrierError
 from celery_pgbarrier.lease import Attempt, Claim, Held, Loss, Verdict
 from celery_pgbarrier.outcomes import PARENT_PATIENCE, Outcomes, recorded_request
+from celery_pgbarrier.reference import Reference
 from celery_pgbarrier.request import CONTENT
 from celery_pgbarrier.unit import STAMP, Fence, Stamp, Unit
 
@@ -79,6 +80,10 @@ class Attempts(Outcomes):
             declare=[] if exchange else [routing_key],
             properties={key: value for key, value in properties.items() if value is not None},
         )
+
+    def read_results(self, found: Reference, lazy: bool) -> Any:
+        """Return the results of a chord that a running task got by reference."""
+        return reference.read(self, found, lazy)
 
     def retry_meta(self, task: Any, request: Any, retry: Any) -> tuple[str | None, bytes | None]:
         """Return the state and metadata that a retry leaves, None where results are ignored."""

@@ -14,10 +14,11 @@ from celery.utils.log import get_logger
 from kombu.serialization import dumps, loads
 from kombu.utils.encoding import ensure_bytes
 
-from celery_pgbarrier import barrier, beat, capture, compat, lease, plain, worker
+from celery_pgbarrier import barrier, beat, capture, compat, lease, plain, reference, worker
 from celery_pgbarrier.attempts import Attempts
 from celery_pgbarrier.barrier import Closing
 from celery_pgbarrier.errors import DispatchConflict
+from celery_pgbarrier.reference import Page, Reference
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.unit import Addition, Barrier, Unit, all_ids, leaves
 
@@ -102,7 +103,7 @@ class BarrierBackend(Attempts):
         try:
             if refused is not None:
                 raise ChordError(f"Callback error: {refused!r}")
-            results = self._join(closing)
+            results = self._results(closing, body)
             unit = Unit(closing.call)
             with capture.into(unit, outcomes=True):
                 try:
@@ -121,29 +122,48 @@ class BarrierBackend(Attempts):
         body = loads(payload, kind, encoding.decode(), accept=[kind])
         return maybe_signature(body, app=self.app)
 
-    def _join(self, closing: Closing) -> list[Any]:
-        """Return the members' results in header order, nested as the header was.
+    def _results(self, closing: Closing, body: Any) -> Any:
+        """Return what a body gets: its members' results, by reference where they are large.
 
         Raises:
             ChordError: a member failed; the first in header order is named and is the cause.
         """
+        large = closing.bytes > self._settings.inline_results
+        if not large or not reference.readable(self.app, body):
+            return self._join(closing)
+        for page in closing.doubtful():
+            self._succeeded(page)
+        return Reference(closing.id, closing.call, closing.size, closing.count).argument()
+
+    def _join(self, closing: Closing) -> list[Any]:
+        """Return the members' results in header order, nested as the header was."""
         values: dict[str, Any] = {}
-        for task_id, payload in closing.members:
+        for page in closing.members():
+            values.update(self._succeeded(page))
+        structure = closing.structure
+        return reference.shaped(values, None if structure is None else self.read_group(structure))
+
+    def _succeeded(self, page: Page) -> dict[str, Any]:
+        """Return the results of a page of members by id; ChordError where one has failed."""
+        ids = [task_id for task_id, _ in page]
+        payloads = [payload for _, payload in page]
+        try:
+            metas = self.metas([payload for payload in payloads if payload is not None])
+        except Exception as error:
+            raise ChordError(f"Join error: {error!r}") from error
+        found = iter(metas)
+        values: dict[str, Any] = {}
+        for task_id, payload in zip(ids, payloads, strict=True):
             if payload is None:
                 raise ChordError(f"Dependency {task_id} ended without a result")
-            try:
-                meta = self.decode_result(payload)
-            except Exception as error:
-                raise ChordError(f"Join error: {error!r}") from error
+            meta = next(found)
             if meta["status"] in states.PROPAGATE_STATES:
                 cause = meta["result"]
                 raise ChordError(f"Dependency {task_id} raised {cause!r}") from (
                     cause if isinstance(cause, Exception) else None
                 )
             values[task_id] = meta["result"]
-        if closing.structure is None:
-            return list(values.values())
-        return _nested(self._read_group(closing.structure), values) + list(values.values())
+        return values
 
     def _chord_failure(self, closing: Closing, body: Any, error: ChordError) -> Unit:
         unit = Unit(closing.call)
@@ -174,14 +194,6 @@ def _flat(result: Any) -> Iterator[str]:
             yield from _flat(child)
         else:
             yield child.id
-
-
-def _nested(result: Any, values: dict[str, Any]) -> list[Any]:
-    """Return values in the shape of a group result; they are taken out of *values*."""
-    return [
-        _nested(child, values) if isinstance(child, GroupResult) else values.pop(child.id)
-        for child in result.results
-    ]
 
 
 capture.wrap_chords(_recorder)

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from sqlalchemy import Connection
 
-from celery_pgbarrier import faults, outbox
+from celery_pgbarrier import faults, outbox, reference
 from celery_pgbarrier.errors import (
     DatabaseRetryLater,
     DatabaseUnavailable,
     DispatchConflict,
     DispatchUnknown,
 )
+from celery_pgbarrier.reference import Page
 from celery_pgbarrier.store import sql, tasks
 from celery_pgbarrier.store.database import Database
 from celery_pgbarrier.unit import (
@@ -54,13 +55,22 @@ class Committed:
 
 @dataclass(frozen=True)
 class Closing:
-    """A barrier that is being released: its body and its members' encoded metadata in order."""
+    """A barrier that is being released, with its members' encoded metadata.
+
+    ``size`` is the header's, ``count`` that of all members, ``bytes`` what their metadata amount
+    to.  ``members`` and ``doubtful`` give pages of ids and metadata in header order: of all
+    members, and of those that may have failed.
+    """
 
     id: str
     call: str
     body: bytes
     structure: bytes | None
-    members: list[tuple[str, bytes | None]]
+    size: int
+    count: int
+    bytes: int
+    members: Callable[[], Iterator[Page]]
+    doubtful: Callable[[], Iterator[Page]]
 
 
 class Releasing(Host, Protocol):
@@ -183,6 +193,7 @@ def _rows(unit: Unit) -> Iterator[tasks.Row]:
             queue=message.queue,
             message=message.encoded,
             eta=message.eta,
+            reads=message.reads,
         )
     for task_id, place in places.items():
         yield tasks.Row(task_id, unit.call_of(task_id), *place)
@@ -380,16 +391,27 @@ def _close(
     row = connection.execute(statements[sql.BARRIER_LOCK], {"id": barrier_id}).first()
     if row is None:
         return None
-    members = connection.execute(statements[sql.BARRIER_MEMBERS], {"id": barrier_id})
     closing = Closing(
         row.id,
         row.call,
         bytes(row.body),
         None if row.structure is None else bytes(row.structure),
-        [(m.id, None if m.result is None else bytes(m.result)) for m in members],
+        row.size,
+        row.members,
+        int(row.bytes),
+        partial(_pages, connection, host, sql.BARRIER_MEMBERS, row),
+        partial(_pages, connection, host, sql.BARRIER_DOUBTFUL, row),
     )
     state, unit = host.closing_unit(closing, refused)
     committed = write(connection, host, unit)
     parameters = {"id": barrier_id, "state": state, "expires": host.keep}
     connection.execute(statements[sql.BARRIER_CLOSE], parameters)
     return unit, committed
+
+
+def _pages(connection: Connection, host: Host, statement: str, barrier: Any) -> Iterator[Page]:
+    """Read members page by page, so that no more than a page of them is held here."""
+    for start, stop in reference.windows(barrier.size, host.settings.batch_size):
+        window = {"id": barrier.id, "start": start, "stop": stop}
+        rows = connection.execute(host.database.sql[statement], window)
+        yield [(row.id, None if row.result is None else bytes(row.result)) for row in rows]

@@ -22,7 +22,7 @@ from kombu.compression import compress
 from kombu.serialization import dumps
 from kombu.utils.encoding import ensure_bytes
 
-from celery_pgbarrier import compat, plain, stub
+from celery_pgbarrier import compat, plain, reference, stub
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.lease import Attempt
 from celery_pgbarrier.unit import STAMP, Fence, Message, Stamp, Unit
@@ -167,6 +167,7 @@ class CapturingProducer:
             group=headers.get("group"),
             in_chord=bool(embed.get("chord")),
             chain=tuple(embed.get("chain") or ()),
+            reads=reference.read_by(args),
         )
 
 

@@ -34,6 +34,10 @@ class DispatchUnknown(PgBarrierError):
     """
 
 
+class ResultsGone(PgBarrierError):
+    """The results of a chord that a task reads by reference are gone."""
+
+
 class DispatchConflict(PgBarrierError):
     """A chord or task id was used again while its earlier run is still going on."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from celery.utils.dispatch import Signal
 from sqlalchemy import Connection, Row
 
+from celery_pgbarrier import reference
 from celery_pgbarrier.dispatch import RETRY_POLICY
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DispatchConflict, NotPoisoned
@@ -110,7 +111,11 @@ def _put_back(host: Host, task_id: str, call: str, rejoin: bool, connection: Con
     message = envelope.encode()
     joined = rejoin and _rejoin(connection, host, row, call, message)
     if not joined:
-        _record(connection, host, row, call, message)
+        reads = reference.read_by(envelope.request()["args"])
+        again = tasks.Row(
+            row.id, call, name=row.name, queue=row.queue, message=message, reads=reads
+        )
+        _record(connection, host, again)
     connection.execute(statements[sql.POISON_DELETE], {"id": task_id})
     return joined
 
@@ -124,10 +129,9 @@ def _rejoin(connection: Connection, host: Host, row: Row[Any], call: str, messag
     return bool(done.joined)
 
 
-def _record(connection: Connection, host: Host, row: Row[Any], call: str, message: bytes) -> None:
-    again = tasks.Row(row.id, call, name=row.name, queue=row.queue, message=message)
+def _record(connection: Connection, host: Host, row: tasks.Row) -> None:
     grace = host.settings.publish_grace
-    if tasks.record(connection, host.database.sql, [again], grace, 1) is not None:
+    if tasks.record(connection, host.database.sql, [row], grace, 1) is not None:
         raise DispatchConflict(
             f"task {row.id} cannot be put back now: it runs again already, or its chord is just "
             "being closed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -146,6 +146,13 @@ class Results(BaseBackend):  # type: ignore[misc]
             meta = self.decode_result(bytes(payload))
         return {**meta, "task_id": task_id}
 
+    def metas(self, payloads: Sequence[bytes]) -> list[dict[str, Any]]:
+        """Return the decoded metadata of finished tasks, of many at once where that is JSON."""
+        if self.serializer == "json" and all(payload[:1] == b"{" for payload in payloads):
+            found = self.decode(b"[" + b",".join(payloads) + b"]")
+            return [self.meta_from_decoded(meta) for meta in found]
+        return [self.decode_result(payload) for payload in payloads]
+
     def _forget(self, task_id: str) -> None:
         self._database.count(sql.FORGET, {"id": task_id}, self._settings.dispatch_timeout)
 
@@ -164,9 +171,9 @@ class Results(BaseBackend):  # type: ignore[misc]
         )
         if not rows:
             return None
-        return {"task_id": group_id, "result": self._read_group(bytes(rows[0].result))}
+        return {"task_id": group_id, "result": self.read_group(bytes(rows[0].result))}
 
-    def _read_group(self, payload: bytes) -> Any:
+    def read_group(self, payload: bytes) -> Any:
         """Return an encoded group result; serializers other than pickle hold it as a tuple."""
         value = self.decode(payload)["result"]
         return value if isinstance(value, ResultBase) else result_from_tuple(value, self.app)

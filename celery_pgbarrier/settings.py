@@ -85,6 +85,9 @@ OPTIONS = (
            "how long a finished row still recognises a late copy; at least result_expires",
            "s", 1, None, optional=True),
     Option("batch_size", int, 1000, "rows per statement of periodic and bulk work", "", 1, 100000),
+    Option("inline_results", int, 32768,
+           "up to how many bytes of encoded results a chord's body gets in its message",
+           "bytes", 0, None),
     Option("sweeps", dict, None, "options of sweeps by name: {'documents': {'enabled': False}}",
            optional=True),
     Option("schema", str, None, "the PostgreSQL schema of the tables", optional=True),
@@ -110,6 +113,7 @@ class Settings:
     publish_grace: float
     dedup_expires: float | None
     batch_size: int
+    inline_results: int
     sweeps: dict[str, Any] | None
     schema: str | None
     auto_migrate: bool

@@ -16,6 +16,7 @@ from celery_pgbarrier import capture, effects, faults
 from celery_pgbarrier.effects import Place, Transaction
 from celery_pgbarrier.errors import ClaimLost, ConfigurationError, MemberEndedWithoutResult
 from celery_pgbarrier.lease import Attempt
+from celery_pgbarrier.reference import Reference
 from celery_pgbarrier.unit import HandOver, Unit, ends_in_group
 
 __all__ = ["BarrierTask"]
@@ -46,6 +47,9 @@ class BarrierTask(Task):  # type: ignore[misc]
     Request = "celery_pgbarrier.request:BarrierRequest"
     #: Tells the backend that states of this task are written under a claim.
     pgbarrier_claims = True
+    #: Whether a body whose results come by reference (``pgbarrier_inline_results``) gets them as a
+    #: sequence that reads pages of them as they are asked for, and not as a list.
+    pgbarrier_lazy_results = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Make a subclass's own ``before_start`` and ``__call__`` run under the claim."""
@@ -64,7 +68,7 @@ class BarrierTask(Task):  # type: ignore[misc]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body: claimed in a worker, plainly where the task is called as a function."""
         if self._in_worker():
-            return self._attempt(partial(self.run, *args, **kwargs))
+            return self._attempt(self.run, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def replace(self, sig: Any) -> Any:
@@ -171,14 +175,23 @@ class BarrierTask(Task):  # type: ignore[misc]
             )
         setattr(request, capture.ATTEMPT, claim(self, request))
 
-    def _attempt(self, body: Callable[[], Any]) -> Any:
+    def _read(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return arguments with a chord's results in place of a reference to them."""
+        found = Reference.of(args[0]) if args else None
+        if found is None:
+            return args
+        return (self.backend.read_results(found, self.pgbarrier_lazy_results), *args[1:])
+
+    def _attempt(
+        self, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self._claim()
         attempt = capture.attempt_of(self.request)
         if attempt is None or attempt.entered:
-            return body()
+            return body(*args, **kwargs)
         attempt.entered = True
         try:
-            result = body()
+            result = body(*self._read(args), **kwargs)
         except Retry as retry:
             self._retried(attempt, retry)
             raise
@@ -256,7 +269,7 @@ def _as_attempt(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def __call__(self: BarrierTask, *args: Any, **kwargs: Any) -> Any:
         if self._in_worker():
-            return self._attempt(partial(method, self, *args, **kwargs))
+            return self._attempt(partial(method, self), args, kwargs)
         return method(self, *args, **kwargs)
 
     return __call__

@@ -127,7 +127,17 @@ class HandOver:
 class Message:
     """A captured task message, kept encoded, and what its fields say of barriers."""
 
-    __slots__ = ("chain", "encoded", "eta", "group", "in_chord", "name", "queue", "task_id")
+    __slots__ = (
+        "chain",
+        "encoded",
+        "eta",
+        "group",
+        "in_chord",
+        "name",
+        "queue",
+        "reads",
+        "task_id",
+    )
 
     def __init__(
         self,
@@ -138,6 +148,7 @@ class Message:
         group: str | None = None,
         in_chord: bool = False,
         chain: Sequence[Any] = (),
+        reads: str | None = None,
     ) -> None:
         self.task_id = task_id
         self.name = name
@@ -147,6 +158,7 @@ class Message:
         self.group = group
         self.in_chord = in_chord
         self.chain = chain
+        self.reads = reads
 
     @property
     def envelope(self) -> Envelope:

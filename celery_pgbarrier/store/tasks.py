@@ -36,6 +36,7 @@ class Row:
     queue: str | None = None
     message: bytes | None = None
     eta: str | None = None
+    reads: str | None = None
 
 
 def record(
@@ -54,6 +55,7 @@ def record(
             "queues": array(row.queue for row in chunk),
             "messages": array(row.message for row in chunk),
             "etas": array(row.eta for row in chunk),
+            "reads": array(row.reads for row in chunk),
             "grace": grace,
         }
         taken = connection.execute(statements[sql.TASKS_RECORD], columns).rowcount

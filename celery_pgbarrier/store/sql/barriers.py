@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from celery_pgbarrier.store.sql.fragments import NEEDED, READ
+
 #: Open a barrier; a second time for the same call changes nothing, a new call needs a closed one.
-BARRIER_OPEN = """
+BARRIER_OPEN = (
+    """
 INSERT INTO {s}pgbarrier_barrier AS b
        (id, call, size, open_slots, state, ready_at, body, structure)
 VALUES (:id, CAST(:call AS uuid), :size, :slots, :state,
@@ -14,8 +17,12 @@ ON CONFLICT (id) DO UPDATE SET call = EXCLUDED.call, size = EXCLUDED.size,
     body = EXCLUDED.body, structure = EXCLUDED.structure, created_at = clock_timestamp(),
     checked_at = clock_timestamp(), closed_at = NULL, expires_at = NULL
  WHERE b.call <> EXCLUDED.call AND b.state IN ('released', 'failed', 'cancelled')
+   AND NOT """
+    + READ
+    + """
 RETURNING id
 """
+)
 
 BARRIER_CALL = "SELECT CAST(call AS text) FROM {s}pgbarrier_barrier WHERE id = :id"
 
@@ -33,22 +40,25 @@ SELECT :id, slot, remaining
 """
 
 #: Record messages and expected tasks; rows that live under another call are left alone.
-TASKS_RECORD = """
+TASKS_RECORD = (
+    """
 INSERT INTO {s}pgbarrier_task AS t
-       (id, call, barrier_id, slot, position, state, name, queue, message, eta, due_at)
+       (id, call, barrier_id, slot, position, state, name, queue, message, eta, reads, due_at)
 SELECT x.id, CAST(x.call AS uuid), x.barrier_id, x.slot, x.position,
        CASE WHEN x.message IS NULL THEN 'expected' ELSE 'queued' END,
-       x.name, x.queue, x.message, CAST(x.eta AS timestamptz),
+       x.name, x.queue, x.message, CAST(x.eta AS timestamptz), x.reads,
        CASE WHEN x.message IS NULL THEN NULL
             ELSE clock_timestamp() + make_interval(secs => :grace) END
   FROM unnest(CAST(:ids AS text[]), CAST(:calls AS text[]), CAST(:barriers AS text[]),
               CAST(:slots AS integer[]), CAST(:positions AS integer[]), CAST(:names AS text[]),
-              CAST(:queues AS text[]), CAST(:messages AS bytea[]), CAST(:etas AS text[]))
-       AS x (id, call, barrier_id, slot, position, name, queue, message, eta)
+              CAST(:queues AS text[]), CAST(:messages AS bytea[]), CAST(:etas AS text[]),
+              CAST(:reads AS text[]))
+       AS x (id, call, barrier_id, slot, position, name, queue, message, eta, reads)
 ON CONFLICT (id) DO UPDATE SET
     origin = CASE WHEN t.state = 'expected' THEN COALESCE(t.origin, t.call) END,
     call = EXCLUDED.call, seq = 0, state = EXCLUDED.state, name = EXCLUDED.name,
     queue = EXCLUDED.queue, message = EXCLUDED.message, eta = EXCLUDED.eta,
+    reads = EXCLUDED.reads,
     due_at = EXCLUDED.due_at, published_at = NULL, publications = 0, copies = 0, attempt = 0,
     crashes = 0,
     status = CASE WHEN t.state = 'expected' THEN t.status ELSE 'PENDING' END,
@@ -62,9 +72,10 @@ ON CONFLICT (id) DO UPDATE SET
         AND (t.barrier_id IS NULL OR EXCLUDED.barrier_id IS NULL
              OR t.barrier_id = EXCLUDED.barrier_id))
     OR (t.state IN ('done', 'untracked') AND t.call IS DISTINCT FROM EXCLUDED.call
-        AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_barrier b WHERE b.id = t.barrier_id
-                        AND b.state IN ('waiting', 'ready')))
-"""
+        AND NOT """
+    + NEEDED
+    + ")"
+)
 
 #: Which of these ids belong to another call or barrier (an id that is used while its first run
 #: goes on).
@@ -99,15 +110,34 @@ INSERT INTO {s}pgbarrier_task (id, barrier_id, slot, position, state)
 SELECT :id, :barrier, slot.slot, adder.position, 'expected' FROM slot, adder
 """
 
-#: Lock a barrier that is ready; none where another process is releasing it.
+#: Lock a barrier that is ready, with what its members' results amount to; none where another
+#: process is releasing it.
 BARRIER_LOCK = """
-SELECT id, CAST(call AS text) AS call, body, structure, size FROM {s}pgbarrier_barrier
- WHERE id = :id AND state = 'ready' FOR UPDATE SKIP LOCKED
+SELECT b.id, CAST(b.call AS text) AS call, b.body, b.structure, b.size, m.members, m.bytes
+  FROM {s}pgbarrier_barrier b, LATERAL (
+       SELECT count(*) AS members, COALESCE(sum(length(t.result)), 0) AS bytes
+         FROM {s}pgbarrier_task t WHERE t.barrier_id = b.id) AS m
+ WHERE b.id = :id AND b.state = 'ready' FOR UPDATE OF b SKIP LOCKED
 """
 
+#: Results by position in the header; an added member has the position of the one that added it.
 BARRIER_MEMBERS = """
 SELECT id, result FROM {s}pgbarrier_task
- WHERE barrier_id = :id ORDER BY position, created_at, id
+ WHERE barrier_id = :id AND position >= :start AND position < :stop
+ ORDER BY position, created_at, id
+"""
+
+#: The members among them that may have failed: their state is not shown, or is a failure.
+BARRIER_DOUBTFUL = """
+SELECT id, result FROM {s}pgbarrier_task
+ WHERE barrier_id = :id AND position >= :start AND position < :stop
+   AND (status <> 'SUCCESS' OR result IS NULL)
+ ORDER BY position, created_at, id
+"""
+
+#: How the results of a chord are nested, for a task that reads them.
+BARRIER_STRUCTURE = """
+SELECT CAST(call AS text) AS call, structure FROM {s}pgbarrier_barrier WHERE id = :id
 """
 
 BARRIER_CLOSE = """

@@ -6,6 +6,8 @@ the usual case of a claim has a short statement, and a long one decides what tha
 
 from __future__ import annotations
 
+from celery_pgbarrier.store.sql.fragments import NEEDED
+
 _CLAIMED = """
     state = 'running', token = CAST(:token AS uuid), worker = CAST(:worker AS uuid), pid = :pid,
     thread = :thread, rerun = true, started_at = clock_timestamp(), due_at = NULL,
@@ -25,7 +27,8 @@ _CLAIMED = """
 
 #: Who may have the row: its current stamp when queued, an expected row by whoever brings its
 #: message, its own grant again (the answer was lost), a finished row by a new call only.
-_CLAIMABLE = """
+_CLAIMABLE = (
+    """
        (t.state = 'queued' AND t.call = CAST(:call AS uuid) AND t.seq = :seq)
     OR (t.state = 'expected' AND NOT CAST(:recorded AS boolean)
         AND (t.call IS DISTINCT FROM CAST(:call AS uuid) OR t.seq <= :seq))
@@ -35,9 +38,10 @@ _CLAIMABLE = """
     OR (t.state IN ('done', 'untracked') AND NOT CAST(:recorded AS boolean)
         AND t.call IS DISTINCT FROM CAST(:call AS uuid)
         AND t.origin IS DISTINCT FROM CAST(:call AS uuid)
-        AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_barrier b WHERE b.id = t.barrier_id
-                        AND b.state IN ('waiting', 'ready')))
-"""
+        AND NOT """
+    + NEEDED
+    + ")\n"
+)
 
 #: A first grant may be lost in a crash of the server: the row is queued again, or was made by the
 #: claim and is gone, and both are recognised.  Any other grant is flushed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from celery_pgbarrier.store.sql.fragments import READ
+
 #: Workers that are gone, hold nothing and have been gone for long.
 WORKERS_PURGE = """
 DELETE FROM {s}pgbarrier_worker w
@@ -24,11 +26,16 @@ DELETE FROM {s}pgbarrier_group WHERE ctid = ANY(ARRAY(
      ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED))
 """
 
-#: The barrier that expired first; its members go before it.
-EXPIRED_BARRIER = """
-SELECT id FROM {s}pgbarrier_barrier WHERE expires_at < clock_timestamp()
+#: The barrier that expired first and is not read any more; its members go before it.
+EXPIRED_BARRIER = (
+    """
+SELECT id FROM {s}pgbarrier_barrier b WHERE expires_at < clock_timestamp()
+   AND NOT """
+    + READ
+    + """
  ORDER BY expires_at LIMIT 1 FOR UPDATE SKIP LOCKED
 """
+)
 
 PURGE_MEMBERS = """
 DELETE FROM {s}pgbarrier_task WHERE ctid = ANY(ARRAY(

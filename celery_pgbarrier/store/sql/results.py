@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from celery_pgbarrier.store.sql.fragments import NEEDED
+
 #: Results of finished or reporting tasks.
 RESULTS = """
 SELECT id, status, result FROM {s}pgbarrier_task
@@ -9,13 +11,16 @@ SELECT id, status, result FROM {s}pgbarrier_task
 """
 
 #: Forget a result; the row goes on recognising late copies, and a live chord keeps the value.
-FORGET = """
+FORGET = (
+    """
 UPDATE {s}pgbarrier_task AS t
    SET status = 'PENDING',
-       result = CASE WHEN EXISTS (SELECT 1 FROM {s}pgbarrier_barrier b WHERE b.id = t.barrier_id
-                                  AND b.state IN ('waiting', 'ready')) THEN t.result END
+       result = CASE WHEN """
+    + NEEDED
+    + """ THEN t.result END
  WHERE id = :id AND state IN ('done', 'untracked')
 """
+)
 
 GROUP_SAVE = """
 INSERT INTO {s}pgbarrier_group (id, result, expires_at)
