@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from celery import Celery, states
 from celery.backends.base import BaseBackend
@@ -16,13 +17,14 @@ from kombu.utils.encoding import ensure_bytes
 
 from celery_pgbarrier import capture, compat, reaper
 from celery_pgbarrier.settings import Settings, load
+from celery_pgbarrier.store import looks as looking
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.store.database import Database, parse_url, safe_url
+from celery_pgbarrier.store.looks import Looks
 from celery_pgbarrier.unit import Outcome
 
-#: First pause of a poll for results, doubled up to the caller's interval (seconds).
-_FIRST_POLL = 0.005
 _databases: dict[tuple[Any, ...], Database] = {}
+_looks: WeakKeyDictionary[Database, Looks] = WeakKeyDictionary()
 
 
 class Results(BaseBackend):  # type: ignore[misc]
@@ -37,6 +39,7 @@ class Results(BaseBackend):  # type: ignore[misc]
         super().__init__(app=app, url=url, **options)
         self._settings = load(app.conf)
         self._database = _database(app, url or "", self._settings)
+        self._looks = _looks.setdefault(self._database, Looks())
         if app.conf.task_protocol != 2:
             raise ImproperlyConfigured("pgbarrier needs task_protocol = 2")
 
@@ -48,6 +51,7 @@ class Results(BaseBackend):  # type: ignore[misc]
             options.update(pool_size=1, max_overflow=1)
         url, settings = self._database.url, self._settings
         backend._database = Database(url, settings.schema, settings.auto_migrate, options)
+        backend._looks = Looks()
         return backend
 
     # -- what the services need
@@ -134,11 +138,14 @@ class Results(BaseBackend):  # type: ignore[misc]
             "task_id": task_id,
         }
 
-    def _metas(self, task_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        rows = self._database.statement(
-            sql.RESULTS, {"ids": list(task_ids)}, self._settings.dispatch_timeout
-        )
+    def _metas(self, task_ids: Sequence[str], at: int | None = None) -> dict[str, dict[str, Any]]:
+        """Return what is known of tasks; *at* a moment that is shared with other threads."""
+        rows = self._rows(task_ids) if at is None else self._looks.look(self._rows, task_ids, at)
         return {row.id: self._read_meta(row.id, row.status, row.result) for row in rows}
+
+    def _rows(self, task_ids: Sequence[str]) -> list[Any]:
+        parameters = {"ids": list(task_ids)}
+        return self._database.statement(sql.RESULTS, parameters, self._settings.dispatch_timeout)
 
     def _read_meta(self, task_id: str, status: str, payload: Any) -> dict[str, Any]:
         meta: dict[str, Any] = {"status": status, "result": None}
@@ -200,6 +207,8 @@ class Results(BaseBackend):  # type: ignore[misc]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield ``(task_id, meta)`` of tasks as they finish, with one query a poll.
 
+        Threads (or greenlets) that wait at the same time share their polls.
+
         Parameters:
             timeout: seconds to wait for all of them, None for ever.
             interval: the longest pause between polls in seconds; the first ones are shorter.
@@ -207,29 +216,33 @@ class Results(BaseBackend):  # type: ignore[misc]
         Raises:
             celery.exceptions.TimeoutError: not all were ready in time.
         """
-        pending = dict.fromkeys(task_ids)
-        pause, deadline = _FIRST_POLL, None if timeout is None else time.monotonic() + timeout
-        iterations = 0
+        pending, looks = dict.fromkeys(task_ids), 0
+        began = time.monotonic()
+        deadline, at = None if timeout is None else began + timeout, None
         while pending:
-            for task_id, meta in self._ready(list(pending), READY_STATES):
+            for task_id, meta in self._ready(list(pending), READY_STATES, at):
                 del pending[task_id]
                 if on_message is not None:
                     on_message(meta)
                 yield task_id, meta
-            iterations += 1
-            if not pending or (max_iterations and iterations >= max_iterations):
+            looks += 1
+            if not pending or (max_iterations and looks >= max_iterations):
                 return
             if on_interval is not None:
                 on_interval()
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise CeleryTimeout(f"The operation timed out: {len(pending)} tasks not ready")
-            time.sleep(min(pause, interval, left if left is not None else interval))
-            pause = min(pause * 1.5, max(interval, _FIRST_POLL))
+            now = time.monotonic()
+            wait = looking.pause(now - began, self._looks.took, interval)
+            if deadline is not None:
+                if now >= deadline:
+                    raise CeleryTimeout(f"The operation timed out: {len(pending)} tasks not ready")
+                wait = min(wait, deadline - now)
+            at = looking.moment(now, wait)
 
-    def _ready(self, ids: list[str], ready: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _ready(
+        self, ids: list[str], ready: Any, at: int | None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         known = {task_id: self._cache[task_id] for task_id in ids if task_id in self._cache}
-        fresh = self._metas([task_id for task_id in ids if task_id not in known])
+        fresh = self._metas([task_id for task_id in ids if task_id not in known], at)
         for task_id, meta in {**known, **fresh}.items():
             if meta["status"] not in ready:
                 continue

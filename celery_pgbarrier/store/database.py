@@ -139,7 +139,7 @@ def commit(transaction: Commits) -> None:
     transaction.commit()
 
 
-@dataclass
+@dataclass(eq=False)
 class Database:
     """One database as one process sees it: a bounded pool, made anew after a fork.
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -193,15 +194,25 @@ def store(backend: BarrierBackend, ids: list[str]) -> None:
             )
 
 
-def test_polls_are_fast_at_first_and_back_off(
-    backend: BarrierBackend, monkeypatch: pytest.MonkeyPatch
+def test_threads_that_wait_share_their_polls(
+    make_app: Callable[..., Celery], redis_broker: Broker, wire: Wire
 ) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr("time.sleep", pauses.append)
-    list(backend.get_many(["nobody"], interval=0.5, max_iterations=15))
-    assert pauses[0] < 0.01
-    assert pauses == sorted(pauses)
-    assert pauses[-1] == 0.5
+    """Each of 60 threads asks once by itself; then one of them asks for all."""
+    app = make_app(redis_broker, databases.backend_url(wire.url))
+    app.backend.get_state("warm")
+    wire.said.clear()
+    with ThreadPoolExecutor(60) as pool:
+        waits = [pool.submit(waits_in_vain, app, f"nobody-{n}", 1.0) for n in range(60)]
+        assert all(wait.result(timeout=60) for wait in waits)
+    shared = [said for said in wire.said if said.count("nobody-") > 1]
+    assert max(said.count("nobody-") for said in shared) > 30
+    assert len(wire.said) < 60 * 10, "a thread alone asks 20 times in a second"
+
+
+def waits_in_vain(app: Celery, task_id: str, timeout: float) -> bool:
+    with pytest.raises(CeleryTimeout):
+        app.AsyncResult(task_id).get(timeout=timeout)
+    return True
 
 
 def test_storing_a_result_is_one_statement(
