@@ -36,7 +36,9 @@ class Result:
     effects: int = 0
     reruns: int = 0
     rows: int = 0
+    #: Seconds until what was hit went on, and until its claim was put back (ours).
     recovery: list[float] = field(default_factory=list)
+    put_back: list[float] = field(default_factory=list)
     seconds: float = 0.0
     details: list[str] = field(default_factory=list)
 
@@ -106,6 +108,7 @@ def check(result: Result, seen: Evidence) -> None:
     result.effects += len(twice)
     result.details += twice
     result.recovery += recoveries(seen)
+    result.put_back += put_back(seen)
 
 
 def _check_chord(result: Result, seen: Evidence, chord: Chord) -> None:
@@ -198,3 +201,15 @@ def _interrupted(seen: Evidence, hit: Hit) -> list[Any]:
         if event.event == "start" and event.at < hit.at and {event.pid, event.grp} & hit.pids:
             last[event.pid] = event
     return [e for e in last.values() if not any(at < hit.at for at in seen.stored[e.task_id])]
+
+
+def put_back(seen: Evidence) -> list[float]:
+    """How long after its process was hit each claim was put back, seconds."""
+    group = {event.pid: event.grp for event in seen.events if event.event == "start"}
+    found = []
+    for event in seen.events:
+        if event.event == "put back":
+            holder = {event.pid, group.get(event.pid)}
+            blows = [hit.at for hit in seen.hits if hit.at < event.at and holder & hit.pids]
+            found += [event.at - max(blows)] if blows else []
+    return found

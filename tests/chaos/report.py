@@ -13,7 +13,7 @@ from tests.chaos.kinds import BOUND, KINDS
 
 COLUMNS = (
     "scenario", "chords", "hits", "lost", "doubled", "wrong", "effects twice",
-    "run again after success", "left behind", "recovery p50", "max",
+    "run again after success", "left behind", "put back p50", "max", "goes on p50", "max",
 )  # fmt: skip
 
 
@@ -36,16 +36,21 @@ def _section(name: str, results: Sequence[Result]) -> str:
     lines.append(_row("---" if n == 0 else "---:" for n in range(len(COLUMNS))))
     lines += [_row(_cells(result)) for result in results]
     lines.append(_row(f"**{cell}**" for cell in _cells(total(results))))
-    recovery = [seconds for result in results for seconds in result.recovery]
-    within = sum(seconds <= BOUND for seconds in recovery)
     seconds = sum(result.seconds for result in results)
-    lines += [
-        "",
-        f"{within} of {len(recovery)} recoveries within {BOUND:g} s "
-        f"(lease + 2 heartbeats + reap interval); {seconds / 60:.0f} minutes in all.",
-        "",
-    ]
+    lines += ["", *_within(results), f"{seconds / 60:.0f} minutes in all.", ""]
     return "\n".join(lines)
+
+
+def _within(results: Sequence[Result]) -> list[str]:
+    delays = [seconds for result in results for seconds in result.put_back]
+    if not delays:
+        return []
+    within = sum(seconds <= BOUND for seconds in delays)
+    return [
+        f"{within} of {len(delays)} claims of processes that were hit were put back within "
+        f"{BOUND:g} s (lease + 2 heartbeats + reap interval), p50 "
+        f"{statistics.median(delays):.1f} s, max {max(delays):.1f} s.",
+    ]
 
 
 def total(results: Sequence[Result]) -> Result:
@@ -63,10 +68,14 @@ def _cells(result: Result) -> list[str]:
         result.chords, result.hits, result.lost, result.doubled, result.wrong, result.effects,
         result.reruns, result.rows,
     )  # fmt: skip
-    times = ["-", "-"]
-    if result.recovery:
-        times = [f"{t:.1f} s" for t in (statistics.median(result.recovery), max(result.recovery))]
-    return [result.scenario, *map(str, counts), *times]
+    return [result.scenario, *map(str, counts), *_times(result.put_back), *_times(result.recovery)]
+
+
+def _times(seconds: Sequence[float]) -> list[str]:
+    """Median and maximum."""
+    if not seconds:
+        return ["-", "-"]
+    return [f"{value:.1f} s" for value in (statistics.median(seconds), max(seconds))]
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+from celery_pgbarrier.errors import DatabaseUnavailable
 from tests.chaos import ledger
 
 MEMBER, BODY, ERRBACK = "chaos.member", "chaos.body", "chaos.errback"
@@ -25,12 +26,12 @@ def effect(task: Task, label: str, kind: str, position: int, value: int) -> None
     """Apply an effect in the database; tried again while that is away."""
     values = {"label": label, "kind": kind, "position": position, "value": value}
     apply = _apply_once if hasattr(task, "transaction") else _apply
-    ledger.patiently(lambda: apply(task, values), (DBAPIError,))
+    ledger.patiently(lambda: apply(task, values), (DBAPIError, DatabaseUnavailable))
 
 
 def _apply_once(task: Any, values: dict[str, Any]) -> None:
     with task.transaction("effect") as tx:
-        tx.execute(text(ledger.EFFECT), values)
+        tx.session.execute(text(ledger.EFFECT), values)
 
 
 def _apply(task: Task, values: dict[str, Any]) -> None:
