@@ -299,7 +299,7 @@ class Database:
         while True:
             try:
                 if check:
-                    self._ensure_schema()
+                    self._ensure_schema(max(deadline - time.monotonic(), 0.0))
                 reached = False
                 return attempt(committing)
             except Exception as error:
@@ -336,7 +336,7 @@ class Database:
             )
         return error
 
-    def _ensure_schema(self) -> None:
+    def _ensure_schema(self, patience: float) -> None:
         if self._checked:
             return
 
@@ -345,7 +345,7 @@ class Database:
                 versions.upgrade(connection, self.schema)
             versions.require(connection, self.schema)
 
-        self.transaction(check, check=False)
+        self.transaction(check, patience, check=False)
         self._checked = True
 
 

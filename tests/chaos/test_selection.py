@@ -28,7 +28,7 @@ def arena() -> Iterator[Arena]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["finish.committed:child", "dispatch.half-published:producer", "duplicates"]
+    "name", ["body.returned:child", "dispatch.half-published:producer", "duplicates"]
 )
 def test_our_backend_keeps_its_promises(arena: Arena, name: str, tmp_path: Path) -> None:
     result = run(arena, SCENARIOS[name], SEED, CHORDS, tmp_path)

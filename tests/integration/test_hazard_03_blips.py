@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from celery import Celery, chord
+from sqlalchemy import event, make_url
 
 from celery_pgbarrier import reaper
 from celery_pgbarrier.embedded import EmbeddedPostgres
+from celery_pgbarrier.store import schema
+from celery_pgbarrier.store.database import Database
 from tests.support import databases
 from tests.support.app import FAST_RECOVERY
 from tests.support.brokers import Broker
@@ -178,6 +181,31 @@ def test_hazard_03_a_database_that_is_away_at_the_claim_and_at_the_outcome(
 
 
 @pytest.mark.slow
+def test_hazard_03_the_first_statement_of_a_process_waits_for_a_database_that_is_away(
+    own_postgres: EmbeddedPostgres,
+) -> None:
+    """It looks at the version of the tables before, no less patiently."""
+    schema.migrate(own_postgres.url())
+    own_postgres.stop()
+    database = Database(make_url(own_postgres.url()))
+    tried: list[bool] = []
+
+    def check(*_: object) -> None:
+        tried.append(True)
+
+    event.listen(database.engine(), "do_connect", check)
+    rows: list[object] = []
+    work = threading.Thread(
+        target=lambda: rows.extend(database.statement("SELECT 1 AS one", {}, 30.0))
+    )
+    work.start()
+    wait_until(lambda: len(tried) > 1)
+    own_postgres.start()
+    work.join(30)
+    database.dispose()
+    assert rows == [(1,)]
+
+
 def test_hazard_02_an_outcome_that_is_given_up_is_settled_by_the_audit(
     own_postgres: EmbeddedPostgres,
     redis_broker: Broker,
