@@ -150,6 +150,6 @@ UPDATE {s}pgbarrier_barrier
 #: Barriers that were complete and whose finisher died before the release.
 BARRIERS_READY = """
 SELECT id FROM {s}pgbarrier_barrier
- WHERE state = 'ready' AND ready_at < clock_timestamp() - make_interval(secs => :grace)
+ WHERE state = 'ready' AND ready_at < (SELECT clock_timestamp()) - make_interval(secs => :grace)
  ORDER BY ready_at LIMIT :limit
 """

@@ -53,7 +53,7 @@ EFFECT_SETTLING = "SELECT id FROM {s}pgbarrier_task WHERE id = :id FOR NO KEY UP
 PURGE_EFFECTS = """
 DELETE FROM {s}pgbarrier_effect WHERE ctid = ANY(ARRAY(
     SELECT e.ctid FROM {s}pgbarrier_effect e
-     WHERE e.created_at < clock_timestamp() - make_interval(secs => CAST(:keep AS float8))
+     WHERE e.created_at < (SELECT clock_timestamp()) - make_interval(secs => CAST(:keep AS float8))
        AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_task t
                         WHERE t.id = e.task_id AND t.call = e.call)
      ORDER BY e.created_at LIMIT :limit FOR UPDATE SKIP LOCKED))

@@ -16,7 +16,7 @@ TASKS_DUE = """
 SELECT id, queue, published_at, publications, EXTRACT(epoch FROM clock_timestamp() - created_at)
        AS age
   FROM {s}pgbarrier_task
- WHERE due_at <= clock_timestamp() AND state = 'queued'
+ WHERE due_at <= (SELECT clock_timestamp()) AND state = 'queued'
  ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED
 """
 

@@ -63,6 +63,6 @@ SELECT (SELECT count(*) FROM slot) AS joined,
 
 PURGE_POISON = """
 DELETE FROM {s}pgbarrier_poison WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM {s}pgbarrier_poison WHERE expires_at < clock_timestamp()
+    SELECT ctid FROM {s}pgbarrier_poison WHERE expires_at < (SELECT clock_timestamp())
      ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED))
 """

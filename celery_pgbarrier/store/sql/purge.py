@@ -15,21 +15,21 @@ DELETE FROM {s}pgbarrier_worker w
 #: Finished rows past their expiry that belong to no barrier.
 PURGE_TASKS = """
 DELETE FROM {s}pgbarrier_task WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM {s}pgbarrier_task WHERE expires_at < clock_timestamp()
+    SELECT ctid FROM {s}pgbarrier_task WHERE expires_at < (SELECT clock_timestamp())
      AND state IN ('done', 'untracked') AND barrier_id IS NULL
      ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED))
 """
 
 PURGE_GROUPS = """
 DELETE FROM {s}pgbarrier_group WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM {s}pgbarrier_group WHERE expires_at < clock_timestamp()
+    SELECT ctid FROM {s}pgbarrier_group WHERE expires_at < (SELECT clock_timestamp())
      ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED))
 """
 
 #: The barrier that expired first and is not read any more; its members go before it.
 EXPIRED_BARRIER = (
     """
-SELECT id FROM {s}pgbarrier_barrier b WHERE expires_at < clock_timestamp()
+SELECT id FROM {s}pgbarrier_barrier b WHERE expires_at < (SELECT clock_timestamp())
    AND NOT """
     + READ
     + """
