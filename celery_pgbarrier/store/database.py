@@ -215,7 +215,7 @@ class Database:
         statements of code that has one.
         """
         if self._lent is None:
-            options = self.engine_options
+            options = {"pool_reset_on_return": "rollback", **self.engine_options}
             self._lent = Database(self.url, self.schema, False, options)
         connection = self._lent.engine().connect()
         return connection.execution_options(isolation_level="READ COMMITTED")
