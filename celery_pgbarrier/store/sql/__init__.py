@@ -1,4 +1,8 @@
-"""Every statement, named, with a line of purpose.  ``{s}`` stands for the schema prefix."""
+"""Every statement, named, with a line of purpose.  ``{s}`` stands for the schema prefix.
+
+A column that has an index is compared with ``(SELECT clock_timestamp())``: the function alone is
+volatile, and an index is not searched by what is volatile, but read from end to end.
+"""
 
 from celery_pgbarrier.store.sql.barriers import *
 from celery_pgbarrier.store.sql.claims import *

@@ -181,11 +181,21 @@ SELECT id, CAST(token AS text) AS token, CAST(worker AS text) AS worker, pid, re
   FROM {s}pgbarrier_task WHERE worker = CAST(:worker AS uuid) ORDER BY started_at LIMIT :limit
 """
 
-#: Claims whose worker is dead, stopped or unknown.
+#: Claims whose worker is dead, stopped or unknown.  The holders are found one by one in the index:
+#: what is read does not grow with what healthy workers hold.
 CLAIMS_LOST = """
+WITH RECURSIVE holders (id) AS (
+    (SELECT worker FROM {s}pgbarrier_task WHERE worker IS NOT NULL ORDER BY worker LIMIT 1)
+  UNION ALL
+    SELECT (SELECT t.worker FROM {s}pgbarrier_task t WHERE t.worker > holders.id
+             ORDER BY t.worker LIMIT 1)
+      FROM holders WHERE holders.id IS NOT NULL
+)
 SELECT t.id, CAST(t.token AS text) AS token, CAST(t.worker AS text) AS worker, t.pid, t.rerun,
        t.name, COALESCE(w.state, 'dead') AS holder
-  FROM {s}pgbarrier_task t LEFT JOIN {s}pgbarrier_worker w ON w.id = t.worker
- WHERE t.worker IS NOT NULL AND (w.id IS NULL OR w.state IN ('dead', 'stopped'))
+  FROM holders LEFT JOIN {s}pgbarrier_worker w ON w.id = holders.id
+       CROSS JOIN LATERAL (SELECT * FROM {s}pgbarrier_task held
+                            WHERE held.worker = holders.id LIMIT :limit) AS t
+ WHERE w.id IS NULL OR w.state IN ('dead', 'stopped')
  ORDER BY random() LIMIT :limit
 """
