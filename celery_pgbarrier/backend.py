@@ -128,6 +128,9 @@ class BarrierBackend(Attempts):
         Raises:
             ChordError: a member failed; the first in header order is named and is the cause.
         """
+        if closing.count < closing.size:
+            gone = closing.size - closing.count
+            raise ChordError(f"the rows of {gone} of {closing.size} members are gone")
         large = closing.bytes > self._settings.inline_results
         if not large or not reference.readable(self.app, body):
             return self._join(closing)

@@ -8,6 +8,8 @@ Checked against Celery 5.5.3, 5.6.3 and 5.7.0:
 - ``canvas._chord.run``: the method that publishes a chord; it is wrapped, not replaced.
 - ``canvas.group.apply_async``: called by ``_chord.run`` for the header after ``apply_chord``; it is
   wrapped for the one chord call during which the backend, and with it this package, is loaded.
+- ``kombu.transport.virtual.Channel._size``: how many messages wait in a queue of a transport like
+  Redis; its public passive declaration leaves out ``global_keyprefix`` (kombu 5.5 to 5.6).
 - ``Task.request_stack``/``celery.current_task``: the request of the task that runs in this thread.
 """
 
@@ -63,6 +65,14 @@ def _runs_inline(backend: Any, errback: Any) -> bool:
     if counter is not None:
         return bool(counter(errback, 1))
     return bool(arity_greater(header, 1))
+
+
+def queue_depth(channel: Any, name: str) -> int:
+    """Return how many messages wait in a queue; an error of the channel where it is gone."""
+    size = getattr(channel, "_size", None)
+    if size is not None:
+        return int(size(name))
+    return int(channel.queue_declare(name, passive=True).message_count)
 
 
 def revoked(reason: str) -> TaskRevokedError:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from functools import partial
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, Row
 
-from celery_pgbarrier import barrier, faults, sweeps
-from celery_pgbarrier.dispatch import publish
-from celery_pgbarrier.envelope import Envelope
+from celery_pgbarrier import barrier, relay, repair, sweeps
 from celery_pgbarrier.errors import HolderLost, PgBarrierError, TaskCrashed
 from celery_pgbarrier.lease import Held, Loss, put_back
 from celery_pgbarrier.store import sql
@@ -29,7 +25,7 @@ _MOST_BATCHES = 100
 _LONGEST_PAUSE = 1.25
 
 
-class Failing(barrier.Releasing, Protocol):
+class Failing(barrier.Releasing, relay.GivingUp, Protocol):
     """A host that can fail a task from its recorded message."""
 
     def fail_recorded(self, task_id: str, token: str | None, error: Exception) -> bool:
@@ -46,6 +42,8 @@ class Counts:
     tasks_failed: int = 0
     messages_published: int = 0
     messages_deferred: int = 0
+    barriers_recounted: int = 0
+    members_revived: int = 0
     barriers_released: int = 0
     rows_purged: int = 0
 
@@ -67,8 +65,14 @@ def run_once(host: Failing) -> Counts:
     counts = Counts()
     _bury(host, counts)
     _release_claims(host, counts)
+    mended = repair.check(host)
+    counts.barriers_recounted += mended.barriers_recounted
+    counts.members_revived += mended.members_revived
     _release_barriers(host, counts)
-    _publish_due(host, counts)
+    relayed = relay.publish_due(host)
+    counts.messages_published += relayed.published + relay.publish_lost(host)
+    counts.messages_deferred += relayed.deferred
+    counts.tasks_failed += relayed.given_up
     counts.rows_purged += purge(host, batches=_MOST_BATCHES)
     if counts.total:
         logger.info("Reaped: %s", counts)
@@ -142,105 +146,6 @@ def _release_barriers(host: Failing, counts: Counts) -> None:
             counts.barriers_released += barrier.release(host, row.id)
         except Exception:
             logger.exception("Chord %s is released in a later pass", row.id)
-
-
-# -- messages
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do with messages that are due: ids to publish, a probe by queue, ids to leave."""
-
-    publish: list[str]
-    probes: dict[str, Row[Any]]
-    defer: list[str]
-
-
-def plan(due: Sequence[Row[Any]], moved: dict[str, datetime], probing: set[str]) -> Plan:
-    """Decide which messages are lost and which only wait in a long queue.
-
-    A message is lost when it was never published or when its queue has moved past it: a younger
-    message was claimed.  Where nothing shows that, the youngest of the queue's messages is sent
-    again as a probe: if the queue is a backlog it waits too; if it lost its messages, the probe is
-    claimed and shows that all older ones are lost.
-    """
-    result = Plan([], {}, [])
-    for row in due:
-        through = moved.get(row.queue)
-        if row.published_at is None or (through is not None and row.published_at <= through):
-            result.publish.append(row.id)
-            continue
-        result.defer.append(row.id)
-        best = result.probes.get(row.queue)
-        if row.queue not in probing and (best is None or row.published_at > best.published_at):
-            result.probes[row.queue] = row
-    chosen = {row.id for row in result.probes.values()}
-    return Plan(result.publish, result.probes, [i for i in result.defer if i not in chosen])
-
-
-def _publish_due(host: Failing, counts: Counts) -> None:
-    for _ in range(_MOST_BATCHES):
-        taken: list[Row[Any]] = []
-
-        def work(connection: Connection, taken: list[Row[Any]] = taken) -> int:
-            taken.clear()
-            return _take_up(host, connection, taken, counts)
-
-        found = host.database.transaction(work)
-        if taken:
-            faults.point("reap.advanced")
-            envelopes = list(_envelopes(taken))
-            published = publish(host.app, envelopes)
-            counts.messages_published += len(published)
-            if len(published) < len(envelopes):
-                missed = [row.id for row in taken if row.id not in set(published)]
-                _defer(host, missed, unpublished=True)
-                return
-        if found < host.settings.batch_size:
-            return
-
-
-def _envelopes(taken: Sequence[Row[Any]]) -> Iterator[tuple[str, Envelope]]:
-    """Yield the messages of rows; one that cannot be read does not stop the others."""
-    for row in taken:
-        try:
-            yield row.id, Envelope.decode(row.message).copied(row.copies)
-        except Exception as error:
-            logger.error("The recorded message of task %s cannot be read: %r", row.id, error)
-
-
-def _take_up(host: Failing, connection: Connection, taken: list[Row[Any]], counts: Counts) -> int:
-    statements, settings = host.database.sql, host.settings
-    due = connection.execute(statements[sql.TASKS_DUE], {"limit": settings.batch_size}).all()
-    if not due:
-        return 0
-    queues = {"queues": sorted({row.queue for row in due})}
-    moved: dict[str, datetime] = {}
-    for queue, through in connection.execute(statements[sql.QUEUES_MOVED], queues):
-        if through is not None and (queue not in moved or through > moved[queue]):
-            moved[queue] = through
-    out = {**queues, "after": settings.republish_after}
-    probing = set(connection.execute(statements[sql.PROBES_OUT], out).scalars())
-    decided = plan(due, moved, probing)
-    for queue, row in decided.probes.items():
-        probe = {"queue": queue, "id": row.id, "of": row.published_at, "through": moved.get(queue)}
-        connection.execute(statements[sql.PROBE_SENT], probe)
-    probes = [row.id for row in decided.probes.values()]
-    chosen = decided.publish + probes
-    if chosen:
-        advance = {"ids": chosen, "probes": probes, "after": settings.republish_after}
-        advanced = connection.execute(statements[sql.TASKS_ADVANCE], advance)
-        taken.extend(sorted(advanced, key=lambda row: row.place))
-    if decided.defer:
-        later = {"ids": decided.defer, "after": settings.reap_interval, "unpublished": False}
-        deferred = connection.execute(statements[sql.TASKS_DEFER], later)
-        counts.messages_deferred += deferred.rowcount
-    return len(due)
-
-
-def _defer(host: Failing, ids: list[str], unpublished: bool) -> None:
-    parameters = {"ids": ids, "after": host.settings.reap_interval, "unpublished": unpublished}
-    host.database.count(sql.TASKS_DEFER, parameters)
 
 
 # -- purge

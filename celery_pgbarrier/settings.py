@@ -79,6 +79,10 @@ OPTIONS = (
     Option("republish_after", float, 300.0,
            "when an unclaimed message is published again; doubled at each republication",
            "s", 0.1, 604800),
+    Option("empty_after", float, 30.0,
+           "when an unclaimed message whose queue is empty or gone is published again; doubled at "
+           "each republication, and never above republish_after",
+           "s", 0.1, 604800),
     Option("publish_grace", float, 10.0,
            "how long the process that recorded a message has to publish it", "s", 0.1, 3600),
     Option("dedup_expires", float, None,
@@ -110,6 +114,7 @@ class Settings:
     reap_interval: float
     reap_in_worker: bool
     republish_after: float
+    empty_after: float
     publish_grace: float
     dedup_expires: float | None
     batch_size: int

@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery, bootsteps
@@ -15,6 +14,7 @@ from celery.worker import state as worker_state
 
 from celery_pgbarrier import lease, reaper
 from celery_pgbarrier.store import sql
+from celery_pgbarrier.unit import STAMP, Stamp
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,11 @@ class Keeper:
     def _keep_auditing(self) -> None:
         host = self._backend.private()
         idle: dict[str, int] = {}
+        held: set[tuple[str, str, int]] = set()
         while not self._stop.wait(host.settings.heartbeat):
             try:
                 idle = audit(host, idle)
+                held = hold(host, held)
             except Exception as error:
                 logger.warning("Audit missed: %s", error)
         host.database.dispose()
@@ -123,16 +125,44 @@ def audit(host: Any, idle: dict[str, int]) -> dict[str, int]:
     return seen
 
 
-def _running() -> set[str]:
-    """Return the ids of the tasks that this worker has handed to its pool and not seen end."""
-    requests: Iterable[Any] = ()
+def hold(host: Any, before: set[tuple[str, str, int]]) -> set[tuple[str, str, int]]:
+    """Tell of messages that wait in this worker for a free process: the broker has not lost them.
+
+    Parameters:
+        before: what waited at the look before; what has come since costs no statement.
+
+    Returns what waits now: id, call and sequence of each.
+    """
+    waiting = set()
+    for request in _snapshot(worker_state.reserved_requests, worker_state.active_requests):
+        stamp = Stamp.of(request.id, request._request_dict.get(STAMP))
+        if stamp.recorded:
+            waiting.add((request.id, stamp.call, stamp.seq))
+    kept = sorted(waiting & before)
+    if kept:
+        ids, calls, seqs = (list(column) for column in zip(*kept, strict=True))
+        after = host.settings.republish_after
+        parameters = {"ids": ids, "calls": calls, "seqs": seqs, "after": after}
+        host.database.count(sql.MESSAGES_HELD, parameters)
+    return waiting
+
+
+def _snapshot(requests: Any, without: Any) -> list[Any]:
+    """Return the requests of a set that another thread changes, those of another left out."""
     for _ in range(10):
         try:
-            requests = [*worker_state.active_requests, *worker_state.reserved_requests]
-            break
+            left_out = {request.id for request in without}
+            return [request for request in requests if request.id not in left_out]
         except RuntimeError:  # the set changed while it was copied
             continue
-    return {request.id for request in requests}
+    return []
+
+
+def _running() -> set[str]:
+    """Return the ids of the tasks that this worker has handed to its pool and not seen end."""
+    active = _snapshot(worker_state.active_requests, ())
+    reserved = _snapshot(worker_state.reserved_requests, ())
+    return {request.id for request in [*active, *reserved]}
 
 
 def _alive(pid: int) -> bool:

@@ -11,6 +11,7 @@ from celery_pgbarrier.store.sql.messages import *
 from celery_pgbarrier.store.sql.outcomes import *
 from celery_pgbarrier.store.sql.poison import *
 from celery_pgbarrier.store.sql.purge import *
+from celery_pgbarrier.store.sql.repair import *
 from celery_pgbarrier.store.sql.results import *
 from celery_pgbarrier.store.sql.statements import Statements as Statements
 from celery_pgbarrier.store.sql.workers import *

@@ -13,8 +13,7 @@ UPDATE {s}pgbarrier_task AS t
 
 #: Messages that should have been claimed by now.
 TASKS_DUE = """
-SELECT id, queue, published_at, publications, EXTRACT(epoch FROM clock_timestamp() - created_at)
-       AS age
+SELECT id, queue, published_at, publications, name, CAST(call AS text) AS call, seq
   FROM {s}pgbarrier_task
  WHERE due_at <= (SELECT clock_timestamp()) AND state = 'queued'
  ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED
@@ -68,6 +67,43 @@ UPDATE {s}pgbarrier_task SET due_at = clock_timestamp() + make_interval(secs => 
        publications = CASE WHEN CAST(:unpublished AS boolean) THEN GREATEST(publications - 1, 0)
                            ELSE publications END
  WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued'
+"""
+
+#: Among the messages that are due first, those sent (or seen in a worker's hands) long enough ago
+#: for a queue that is empty to have lost them.  What was sent since is not looked at; a backlog of
+#: another queue hides no more than its oldest ``scan`` rows.
+MESSAGES_OUT = """
+SELECT id, queue FROM (
+    SELECT id, queue, due_at, publications, published_at FROM {s}pgbarrier_task
+     WHERE due_at IS NOT NULL AND state = 'queued' ORDER BY due_at LIMIT :scan) AS first
+ WHERE published_at IS NOT NULL
+   AND due_at < clock_timestamp() + make_interval(secs =>
+            :after * power(2, LEAST(GREATEST(publications - 1, 0), 12))
+            - :early * power(2, LEAST(publications, 13)))
+"""
+
+#: Lock messages that still wait as they did when they were found, to publish them again.
+MESSAGES_LOST = """
+SELECT id FROM {s}pgbarrier_task
+ WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued' AND published_at IS NOT NULL
+   AND due_at < clock_timestamp() + make_interval(secs =>
+            :after * power(2, LEAST(GREATEST(publications - 1, 0), 12))
+            - :early * power(2, LEAST(publications, 13)))
+ ORDER BY published_at FOR UPDATE SKIP LOCKED
+"""
+
+#: A worker has these messages in its hands, behind tasks that take long: they are not lost.
+MESSAGES_HELD = """
+UPDATE {s}pgbarrier_task AS t
+   SET due_at = clock_timestamp() + make_interval(secs =>
+            :after * power(2, LEAST(GREATEST(t.publications - 1, 0), 12)))
+ WHERE t.id = ANY(ARRAY(
+    SELECT h.id FROM {s}pgbarrier_task h
+      JOIN unnest(CAST(:ids AS text[]), CAST(:calls AS text[]), CAST(:seqs AS integer[]))
+           AS x (id, call, seq)
+        ON h.id = x.id AND h.call = CAST(x.call AS uuid) AND h.seq = x.seq
+     WHERE h.state = 'queued' AND h.published_at IS NOT NULL AND h.due_at IS NOT NULL
+     ORDER BY h.id FOR UPDATE OF h SKIP LOCKED))
 """
 
 MESSAGE = "SELECT message, copies FROM {s}pgbarrier_task WHERE id = :id AND state = 'queued'"
