@@ -9,7 +9,15 @@ from kombu.utils.json import JSONEncoder, loads
 
 #: The message header that carries the stamp.
 STAMP = "pgb"
-_encoder: Any = JSONEncoder()
+#: The headers of Celery's task messages (protocol 2, ``celery.app.amqp.AMQP.as_task_v2``) and the
+#: stamp: recorded without their names where all are there.
+_HEADERS = (
+    "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries",
+    "timelimit", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result",
+    "replaced_task_nesting", "stamped_headers", "stamps", STAMP,
+)  # fmt: skip
+_NAMES = set(_HEADERS)
+_encoder: Any = JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -35,16 +43,38 @@ class Envelope:
         return self.declare[0] if self.declare else self.routing_key
 
     def encode(self) -> bytes:
-        """Return the envelope for the ``message`` column: a line of JSON, then the body."""
-        fields = {key: value for key, value in vars(self).items() if key != "body"}
-        head: str = _encoder.encode(fields)
+        """Return the envelope for the ``message`` column: a line of JSON, then the body.
+
+        A row is written several times in a task's life, each time with its message: what is the
+        same in all messages is left out.
+        """
+        known, others = None, self.headers
+        if others.keys() >= _NAMES:
+            known = [others[name] for name in _HEADERS]
+            others = {name: value for name, value in others.items() if name not in _NAMES}
+        head: str = _encoder.encode(
+            [
+                self.content_type,
+                self.content_encoding,
+                self.exchange,
+                self.routing_key,
+                self.declare,
+                self.properties,
+                known,
+                others,
+            ]
+        )
         return head.encode() + b"\n" + self.body
 
     @classmethod
     def decode(cls, message: bytes) -> Envelope:
         """Read what :meth:`encode` wrote."""
         head, _, body = bytes(message).partition(b"\n")
-        return cls(body=body, **loads(head.decode()))
+        kind, encoding, exchange, routing_key, declare, properties, known, others = loads(
+            head.decode()
+        )
+        headers = {**dict(zip(_HEADERS, known or (), strict=False)), **others}
+        return cls(body, kind, encoding, exchange, routing_key, headers, declare, properties)
 
     def copied(self, copy: int) -> Envelope:
         """Return the envelope with its stamp telling which copy of the message it is."""
