@@ -199,40 +199,34 @@ def _rows(unit: Unit) -> Iterator[tasks.Row]:
         yield tasks.Row(task_id, unit.call_of(task_id), *place)
 
 
-def _refuse_reuse(
-    connection: Connection, host: Host, unit: Unit, barrier: Barrier, members: list[str]
-) -> None:
-    """Refuse a chord whose header holds an id twice, or whose body runs for another call."""
-    twice = next((task_id for task_id, n in Counter(members).items() if n > 1), None)
-    if twice is not None:
-        raise DispatchConflict(
-            f"the header of chord {barrier.id} holds task id {twice} twice: clone the signature "
-            "and give the clone an id of its own"
-        )
-    ids = list(dict.fromkeys(all_ids(barrier.body_signature)))
-    parameters = {"ids": ids, "calls": [unit.call_of(task_id) for task_id in ids]}
-    live = connection.execute(host.database.sql[sql.BODY_LIVE], parameters).scalar()
-    if live is not None:
-        raise DispatchConflict(
-            f"task {live} of the body of chord {barrier.id} still runs for an earlier call: "
-            "clone the signature, or wait until it has finished"
-        )
+def _refuse_twice(barrier: Barrier, members: list[str]) -> None:
+    """Refuse a chord whose header holds an id twice."""
+    if len(set(members)) == len(members):
+        return
+    twice = next(task_id for task_id, n in Counter(members).items() if n > 1)
+    raise DispatchConflict(
+        f"the header of chord {barrier.id} holds task id {twice} twice: clone the signature "
+        "and give the clone an id of its own"
+    )
 
 
 def _open(connection: Connection, host: Host, unit: Unit, barrier: Barrier) -> str | None:
     """Open a barrier; return its id where it is complete from the start (no members)."""
     members = unit.members_of(barrier)
-    _refuse_reuse(connection, host, unit, barrier, members)
-    opened = tasks.open_barrier(
-        connection,
-        host.database.sql,
-        barrier.id,
-        unit.call_of(barrier.id),
-        len(members),
-        barrier.body,
-        barrier.structure,
+    _refuse_twice(barrier, members)
+    body_ids = list(dict.fromkeys(all_ids(barrier.body_signature)))
+    body_calls = [unit.call_of(task_id) for task_id in body_ids]
+    call = unit.call_of(barrier.id)
+    new = tasks.New(
+        barrier.id, call, len(members), barrier.body, barrier.structure, body_ids, body_calls
     )
-    if opened is None:
+    opened, live = tasks.open_barrier(connection, host.database.sql, new)
+    if live is not None:
+        raise DispatchConflict(
+            f"task {live} of the body of chord {barrier.id} still runs for an earlier call: "
+            "clone the signature, or wait until it has finished"
+        )
+    if not opened:
         raise DispatchConflict(
             f"chord {barrier.id} is used again while its first run goes on: "
             "clone the signature, or wait until the first run has finished"

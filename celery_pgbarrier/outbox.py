@@ -9,6 +9,7 @@ from typing import Any
 
 from celery_pgbarrier import dispatch
 from celery_pgbarrier.store import sql
+from celery_pgbarrier.store.tasks import array
 from celery_pgbarrier.unit import Host, Unit
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def _send_event(host: Host, send: Callable[[Any], Any]) -> None:
 def mark_published(host: Host, ids: list[str]) -> None:
     """Mark messages as published; where that fails, the reaper publishes them once more."""
     if ids:
-        parameters = {"ids": ids, "after": host.settings.republish_after}
+        parameters = {"ids": array(ids), "after": host.settings.republish_after}
         mark = partial(host.database.count, sql.TASKS_PUBLISHED, parameters, 1.0)
         _quietly(mark, "marking messages as published")
 

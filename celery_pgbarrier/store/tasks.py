@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -87,37 +87,45 @@ def _element(value: str | bytes | int | None) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def open_barrier(
-    connection: Connection,
-    statements: Statements,
-    barrier_id: str,
-    call: str,
-    size: int,
-    body: bytes,
-    structure: bytes | None,
-) -> bool | None:
-    """Open a barrier with its slots.
+@dataclass(frozen=True)
+class New:
+    """A barrier to open, and the tasks of its body with the calls that they belong to."""
 
-    Returns True when it is open now, False when the same call opened it before (nothing is
-    changed), None when another call's barrier of this id is still open.
+    id: str
+    call: str
+    size: int
+    body: bytes
+    structure: bytes | None
+    body_ids: Sequence[str]
+    body_calls: Sequence[str]
+
+
+def open_barrier(
+    connection: Connection, statements: Statements, barrier: New
+) -> tuple[bool, str | None]:
+    """Open a barrier with its slots; a second time for the same call changes nothing.
+
+    Returns whether it is open for this call (False: another call's barrier of this id is still
+    open, or its results are still read), and a task of its body that runs for another call.
     """
-    slots = slots_for(size)
+    slots = slots_for(barrier.size)
+    remaining = [len(range(slot, barrier.size, slots)) for slot in range(slots)]
     parameters: dict[str, Any] = {
-        "id": barrier_id,
-        "call": call,
-        "size": size,
+        "id": barrier.id,
+        "call": barrier.call,
+        "size": barrier.size,
         "slots": slots,
-        "state": "waiting" if size else "ready",
-        "body": body,
-        "structure": structure,
+        "state": "waiting" if barrier.size else "ready",
+        "body": barrier.body,
+        "structure": barrier.structure,
+        "remaining": array(remaining),
+        "body_ids": array(barrier.body_ids),
+        "body_calls": array(barrier.body_calls),
     }
-    if connection.execute(statements[sql.BARRIER_OPEN], parameters).first() is None:
-        existing = connection.execute(statements[sql.BARRIER_CALL], {"id": barrier_id}).scalar()
-        return False if existing == call else None
-    connection.execute(statements[sql.BARRIER_RESET], {"id": barrier_id})
-    remaining = [len(range(slot, size, slots)) for slot in range(slots)]
-    connection.execute(
-        statements[sql.SLOTS_OPEN],
-        {"id": barrier_id, "slots": list(range(slots)), "remaining": remaining},
-    )
-    return True
+    row = connection.execute(statements[sql.BARRIER_OPEN], parameters).one()
+    if row.fresh is None:
+        mine = {"id": barrier.id}
+        return connection.execute(statements[sql.BARRIER_CALL], mine).scalar() == barrier.call, None
+    if not row.fresh:
+        connection.execute(statements[sql.BARRIER_RESET], {"id": barrier.id, "slots": slots})
+    return True, row.live

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 from celery_pgbarrier.store.sql.fragments import NEEDED, READ
 
-#: Open a barrier; a second time for the same call changes nothing, a new call needs a closed one.
+#: Open a barrier with its slots; a second time for the same call changes nothing, a new call needs
+#: a closed one.  ``fresh`` tells whether there was none of this id, ``live`` names a task of its
+#: body that runs for another call.
 BARRIER_OPEN = (
     """
-INSERT INTO {s}pgbarrier_barrier AS b
-       (id, call, size, open_slots, state, ready_at, body, structure)
-VALUES (:id, CAST(:call AS uuid), :size, :slots, :state,
-        CASE WHEN :state = 'ready' THEN clock_timestamp() END, :body,
-        CAST(:structure AS bytea))
-ON CONFLICT (id) DO UPDATE SET call = EXCLUDED.call, size = EXCLUDED.size,
-    open_slots = EXCLUDED.open_slots, state = EXCLUDED.state, ready_at = EXCLUDED.ready_at,
-    body = EXCLUDED.body, structure = EXCLUDED.structure, created_at = clock_timestamp(),
-    checked_at = clock_timestamp(), closed_at = NULL, expires_at = NULL
- WHERE b.call <> EXCLUDED.call AND b.state IN ('released', 'failed', 'cancelled')
-   AND NOT """
+WITH opened AS (
+    INSERT INTO {s}pgbarrier_barrier AS b
+           (id, call, size, open_slots, state, ready_at, body, structure)
+    VALUES (:id, CAST(:call AS uuid), :size, :slots, :state,
+            CASE WHEN :state = 'ready' THEN clock_timestamp() END, :body,
+            CAST(:structure AS bytea))
+    ON CONFLICT (id) DO UPDATE SET call = EXCLUDED.call, size = EXCLUDED.size,
+        open_slots = EXCLUDED.open_slots, state = EXCLUDED.state, ready_at = EXCLUDED.ready_at,
+        body = EXCLUDED.body, structure = EXCLUDED.structure, created_at = clock_timestamp(),
+        closed_at = NULL, expires_at = NULL
+     WHERE b.call <> EXCLUDED.call AND b.state IN ('released', 'failed', 'cancelled')
+       AND NOT """
     + READ
     + """
-RETURNING id
+    RETURNING b.id, b.xmax = 0 AS fresh
+), slots AS (
+    INSERT INTO {s}pgbarrier_slot (barrier_id, slot, remaining)
+    SELECT opened.id, x.place - 1, x.remaining
+      FROM opened, unnest(CAST(:remaining AS integer[])) WITH ORDINALITY AS x (remaining, place)
+    ON CONFLICT (barrier_id, slot) DO UPDATE SET remaining = EXCLUDED.remaining
+)
+SELECT (SELECT fresh FROM opened) AS fresh,
+       (SELECT t.id FROM {s}pgbarrier_task t
+          JOIN unnest(CAST(:body_ids AS text[]), CAST(:body_calls AS text[])) AS x (id, call)
+            ON x.id = t.id
+         WHERE t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state IN ('queued', 'running')
+         LIMIT 1) AS live
 """
 )
 
 BARRIER_CALL = "SELECT CAST(call AS text) FROM {s}pgbarrier_barrier WHERE id = :id"
 
-#: Members of an earlier run of a barrier whose ids are used again.
+#: Slots and members of an earlier run of a barrier whose ids are used again.
 BARRIER_RESET = """
-WITH gone AS (DELETE FROM {s}pgbarrier_slot WHERE barrier_id = :id)
+WITH gone AS (DELETE FROM {s}pgbarrier_slot WHERE barrier_id = :id AND slot >= :slots)
 UPDATE {s}pgbarrier_task SET barrier_id = NULL
  WHERE barrier_id = :id AND state = 'done'
-"""
-
-SLOTS_OPEN = """
-INSERT INTO {s}pgbarrier_slot (barrier_id, slot, remaining)
-SELECT :id, slot, remaining
-  FROM unnest(CAST(:slots AS integer[]), CAST(:remaining AS integer[])) AS x (slot, remaining)
 """
 
 #: Record messages and expected tasks; rows that live under another call are left alone.
@@ -86,13 +95,6 @@ SELECT t.id FROM {s}pgbarrier_task t
  WHERE (t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state <> 'expected')
     OR (t.state = 'expected' AND t.barrier_id <> x.barrier_id)
  LIMIT 1
-"""
-
-#: A task of a chord's body that is being run for another call.
-BODY_LIVE = """
-SELECT t.id FROM {s}pgbarrier_task t
-  JOIN unnest(CAST(:ids AS text[]), CAST(:calls AS text[])) AS x (id, call) ON x.id = t.id
- WHERE t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state IN ('queued', 'running') LIMIT 1
 """
 
 #: One more member, in the slot of the member that adds it (never empty while that one runs).

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-#: The broker has them, in this order; from now on they are overdue after republish_after.
+#: The broker has them, in this order; from now on they are overdue after republish_after.  Not
+#: flushed: what a crash of the server takes back is published once more.
 TASKS_PUBLISHED = """
 UPDATE {s}pgbarrier_task AS t
    SET published_at = now() + x.place * interval '1 microsecond',
        due_at = GREATEST(now(), t.eta) + make_interval(secs => :after)
-  FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
+  FROM (SELECT set_config('synchronous_commit', 'off', true)) AS unflushed,
+       unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
  WHERE t.id = x.id AND t.state = 'queued' AND t.due_at IS NOT NULL AND t.published_at IS NULL
 """
 
