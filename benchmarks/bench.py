@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -121,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(report.markdown(book))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clear up, whoever ends it
     book = run(options)
     report.print_goals(book)
     for question, failure in book.failures:
