@@ -86,20 +86,22 @@ def _explain(connection: Any, statement: str, parameters: Any) -> dict[str, Any]
     }
 
 
-def _sequential(plan: dict[str, Any]) -> list[str]:
+def _sequential(plan: dict[str, Any], limited: bool = False) -> list[str]:
     """What a plan has read from end to end, tables or indexes; those of a few rows left out.
 
-    An index without a condition on it is read from its beginning to where enough has been found.
+    An index without a condition on it is read from its beginning to where enough has been found:
+    below a LIMIT only the rows count that were read in vain.
     """
     found = []
-    if plan["Node Type"] == "Seq Scan" or (
-        plan["Node Type"].startswith("Index") and "Index Cond" not in plan
-    ):
-        read = plan.get("Actual Rows", 0) + plan.get("Rows Removed by Filter", 0)
+    kind = plan["Node Type"]
+    limited = limited or kind == "Limit"
+    if kind == "Seq Scan" or (kind.startswith("Index") and "Index Cond" not in plan):
+        read = plan.get("Rows Removed by Filter", 0)
+        read += 0 if limited else plan.get("Actual Rows", 0)
         if read * plan.get("Actual Loops", 0) > FEW:
             found.append(plan.get("Index Name") or plan["Relation Name"])
     for part in plan.get("Plans", ()):
-        found += _sequential(part)
+        found += _sequential(part, limited)
     return found
 
 
