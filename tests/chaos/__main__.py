@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.chaos import report
-from tests.chaos.arena import Arena
 from tests.chaos.checker import Result
 from tests.chaos.kinds import KINDS
-from tests.chaos.run import run
+from tests.chaos.pool import runs
 from tests.chaos.scenarios import SCENARIOS, Scenario
 
 
@@ -25,7 +23,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--scenario", action="append", help="a scenario's name or a part of it; may be repeated"
     )
     parser.add_argument("--backend", choices=[*KINDS, "all"], default="ours")
-    parser.add_argument("--chords", type=int, default=40, help="chords a scenario (default: 40)")
+    parser.add_argument("--chords", type=int, default=30, help="chords a scenario (default: 30)")
+    parser.add_argument("--jobs", type=int, default=2, help="scenarios at a time (default: 2)")
     parser.add_argument("--report", type=Path, help="a folder for the report and all logs")
     parser.add_argument("--list", action="store_true", help="tell the scenarios and end")
     return parser.parse_args(argv)
@@ -41,33 +40,23 @@ def chosen(names: Sequence[str] | None) -> list[Scenario]:
 
 
 def campaign(options: argparse.Namespace, folder: Path) -> list[Result]:
-    """Run what was asked for; every result is saved as it comes."""
+    """Run what was asked for, several at a time; every result is saved as it comes."""
     results: list[Result] = []
     for name in KINDS if options.backend == "all" else [options.backend]:
-        kind = KINDS[name]
-        with Arena(kind) as arena:
-            for scenario in chosen(options.scenario):
-                if scenario.ours and not kind.ours:
-                    continue
-                place = folder / name / scenario.name.replace(" ", "-").replace(":", "-")
-                place.mkdir(parents=True)
-                results.append(_run(arena, scenario, options, place))
-                report.save(results, folder)
-    return results
+        scenarios = [s for s in chosen(options.scenario) if KINDS[name].ours or not s.ours]
+        for result in runs(
+            name, scenarios, options.seed, options.chords, options.jobs, folder / name
+        ):
+            results.append(result)
+            report.save(sorted(results, key=_place), folder)
+            print(report.line(result), flush=True)
+            if name == "ours" and not result.clean:
+                print("\n".join(f"       {detail}" for detail in result.details), flush=True)
+    return sorted(results, key=_place)
 
 
-def _run(arena: Arena, scenario: Scenario, options: argparse.Namespace, place: Path) -> Result:
-    try:
-        result = run(arena, scenario, options.seed, options.chords, place)
-    except Exception:
-        for server in (arena.postgres, arena.broker, arena.results):
-            server.start()
-        result = Result(scenario.name, arena.kind.name, options.seed, wrong=1)
-        result.details.append(traceback.format_exc())
-    print(report.line(result), flush=True)
-    if arena.kind.ours and not result.clean:
-        print("\n".join(f"       {detail}" for detail in result.details), flush=True)
-    return result
+def _place(result: Result) -> tuple[int, int]:
+    return list(KINDS).index(result.backend), list(SCENARIOS).index(result.scenario)
 
 
 def main() -> int:

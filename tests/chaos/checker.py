@@ -185,7 +185,7 @@ def _awaited(seen: Evidence, chord: Chord, hit: Hit) -> list[Any]:
         return starts
     if chord.where == "body":
         return [event for event in starts if event.kind == "body"]
-    if chord.ticket.point in ("claim.granted", "body.returned"):
+    if chord.ticket.point not in ("finish.committed", "release.committed"):
         return [e for e in starts if e.kind == "member" and e.position == chord.size]
     before = [
         i for i in seen.ids(chord.label, "member") if min(seen.stored[i], default=1e99) < hit.at

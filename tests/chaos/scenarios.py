@@ -61,7 +61,7 @@ def _dispatching() -> list[Scenario]:
 
 def _running() -> list[Scenario]:
     """The pool process of a chord's last member passes a point; or that of its body."""
-    points = ("claim.granted", "body.returned", "finish.committed", "release.committed")
+    points = [name for name in POINTS if not name.startswith(("dispatch.", "reap."))]
     names = {"child": "pool process", "pause": "worker, stopped beyond its lease,"}
     found = [
         Scenario(
@@ -82,7 +82,7 @@ def _running() -> list[Scenario]:
             victim,
             "body",
         )
-        for point in points[:2]
+        for point in ("claim.granted", "body.returned")
         for victim in ("child", "worker")
     ]
     return found + bodies

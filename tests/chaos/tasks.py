@@ -13,6 +13,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+from celery_pgbarrier import faults
 from celery_pgbarrier.errors import DatabaseUnavailable
 from tests.chaos import ledger
 
@@ -38,6 +39,8 @@ def _apply(task: Task, values: dict[str, Any]) -> None:
     engine = create_engine(os.environ[ledger.DATABASE], poolclass=NullPool)
     with engine.begin() as connection:
         connection.execute(text(ledger.EFFECT), values)
+        faults.point("effect.committing")
+    faults.point("effect.committed")
 
 
 @shared_task(name=MEMBER, bind=True)

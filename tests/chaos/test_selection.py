@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from celery_pgbarrier.faults import POINTS
 from tests.chaos import plan
 from tests.chaos.arena import Arena
 from tests.chaos.kinds import KINDS
@@ -44,6 +45,12 @@ def test_the_checker_sees_what_celery_loses(tmp_path: Path) -> None:
         scenario = SCENARIOS["dispatch.half-published:producer"]
         result = run(arena, scenario, SEED, CHORDS, tmp_path)
     assert result.lost == CHORDS, result
+
+
+def test_every_fault_point_has_its_scenarios() -> None:
+    """A point that is new is taken up by itself, unless it belongs to a process of a new kind."""
+    for point in POINTS:
+        assert len([name for name in SCENARIOS if name.startswith(f"{point}:")]) > 2, point
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
