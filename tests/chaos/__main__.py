@@ -31,12 +31,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(names: Sequence[str] | None) -> list[Scenario]:
-    """The scenarios that were asked for."""
+    """The scenarios that were asked for, by a name or a part of names."""
     wanted = [name for name in names or [] if name]
-    found = [s for s in SCENARIOS.values() if not wanted or any(name in s.name for name in wanted)]
+    found = [s for s in SCENARIOS.values() if not wanted or any(_meant(s, n) for n in wanted)]
     if not found:
         sys.exit(f"no such scenario: {', '.join(wanted)}; --list tells them")
-    return [SCENARIOS[wanted[0]]] if len(wanted) == 1 and wanted[0] in SCENARIOS else found
+    return found
+
+
+def _meant(scenario: Scenario, name: str) -> bool:
+    return scenario.name == name if name in SCENARIOS else name in scenario.name
 
 
 def campaign(options: argparse.Namespace, folder: Path) -> list[Result]:

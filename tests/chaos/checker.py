@@ -17,9 +17,6 @@ SELECT task_id, event, label, kind, position, pid, grp,
 """
 EFFECTS = "SELECT label, kind, position, value FROM chaos_effect ORDER BY at"
 
-#: A stopped process that goes on may come to its task's first line after another run's success.
-ZOMBIE = 2.0
-
 
 @dataclass
 class Result:
@@ -58,18 +55,20 @@ class Evidence:
     events: Sequence[Any]
     effects: Sequence[Any]
     hits: Sequence[Hit]
-    resumed: Mapping[int, float]
     ours: bool
 
     def __post_init__(self) -> None:
         self.starts: dict[str, list[Any]] = defaultdict(list)
         self.stored: dict[str, list[float]] = defaultdict(list)
+        self.claims: dict[tuple[str, int], list[float]] = defaultdict(list)
         self.values: dict[str, list[int]] = defaultdict(list)
         for event in self.events:
             if event.event == "start":
                 self.starts[event.label].append(event)
             elif event.event == "stored":
                 self.stored[event.task_id].append(event.at)
+            elif event.event == "claimed":
+                self.claims[event.task_id, event.pid].append(event.at)
         for row in self.effects:
             if row.kind == "body":
                 self.values[row.label].append(int(row.value))
@@ -90,12 +89,13 @@ class Evidence:
             if event.kind == kind and self._late(event)
         ]
 
-    def _late(self, event: Any) -> bool:
-        stored = self.stored[event.task_id]
-        if not stored or event.at <= min(stored):
+    def _late(self, start: Any) -> bool:
+        """Whether a run began after a success; a run that was stopped in its claim did before."""
+        stored = self.stored[start.task_id]
+        if not stored or start.at <= min(stored):
             return False
-        resumed = self.resumed.get(event.grp)
-        return resumed is None or not resumed - 0.1 <= event.at <= resumed + ZOMBIE
+        claims = [at for at in self.claims[start.task_id, start.pid] if at < start.at]
+        return not claims or max(claims) > min(stored)
 
 
 def check(result: Result, seen: Evidence) -> None:

@@ -19,6 +19,7 @@ class Chord:
     :param where: who carries the ticket: ``member`` (the last to end), ``body`` or ``dispatch``.
     :param ends: how its last member ends if not well: ``fail`` or ``die``.
     :param pause: seconds that the producer waits before the call.
+    :param gate: a file that it waits for before.
     """
 
     label: str
@@ -28,6 +29,7 @@ class Chord:
     where: str = ""
     ends: str = ""
     pause: float = 0.0
+    gate: str = ""
 
     @property
     def total(self) -> int:

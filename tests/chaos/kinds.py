@@ -45,7 +45,7 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("ours", "pgbarrier", {**FAST_RECOVERY, "pgbarrier_max_crashes": 5}, 20.0),
+        Kind("ours", "pgbarrier", {**FAST_RECOVERY, "pgbarrier_max_crashes": 5}, 60.0),
         Kind("redis", "Celery, Redis backend", PEER_SETTINGS, 16.0),
         Kind("database", "Celery, database backend", PEER_SETTINGS, 16.0),
     )

@@ -34,6 +34,14 @@ CREATE FUNCTION chaos_stored() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
             CASE NEW.status WHEN 'SUCCESS' THEN 'stored' ELSE 'failed' END);
     RETURN NULL;
 END $$;
+CREATE FUNCTION chaos_claimed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO chaos_event (key, task_id, event, pid)
+    VALUES (gen_random_uuid(), NEW.id, 'claimed', NEW.pid);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER chaos_claimed AFTER UPDATE ON pgbarrier_task FOR EACH ROW
+    WHEN (NEW.state = 'running' AND NEW.token IS DISTINCT FROM OLD.token)
+    EXECUTE FUNCTION chaos_claimed();
 CREATE FUNCTION chaos_released() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     INSERT INTO chaos_event (key, task_id, event, pid)
     VALUES (gen_random_uuid(), NEW.id, 'put back', OLD.pid);

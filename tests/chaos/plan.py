@@ -11,15 +11,29 @@ from tests.chaos.tickets import Ticket
 
 #: How long a member takes where it is to be disturbed at a random moment, seconds.
 SECONDS = 0.1
-#: Seconds to the next deed: after most of them, so that another worker is there to take over.
+#: Seconds to the next deed.
 SPACING = {
-    "child": 0.3, "producer": 0.0, "worker": 4.0, "parent": 4.0, "pause": 4.0, "broker": 1.5,
+    "child": 0.3, "producer": 0.0, "worker": 2.0, "parent": 2.0, "pause": 2.0, "broker": 1.5,
     "flush": 1.0, "database": 2.0, "reaper": 0.0, "beat": 1.0, "cut": 2.0, "freeze": 7.0,
     "duplicate": 0.05,
 }  # fmt: skip
 ACTS = 16
 #: How much faster a mixture goes: its deeds meet.
 HASTE = 0.5
+
+
+#: Deeds that are done when another worker is there to take over, mixtures apart.
+ALONE = {"worker", "parent", "pause", "freeze"}
+
+
+def gated(scenario: Scenario) -> bool:
+    """Whether chords wait for the deeds that are to meet them, and these for all workers."""
+    return bool(ALONE & set(scenario.acts))
+
+
+def gate(folder: Path, number: int) -> Path:
+    """What the chords wait for that a deed is to meet."""
+    return folder / f"gate-{number}"
 
 
 def chords(
@@ -33,9 +47,12 @@ def chords(
     found = []
     for number in range(count):
         label = f"chord-{number}"
-        ticket = None
+        ticket, waits = None, ""
         if number in carriers:
             ticket = Ticket(scenario.point, scenario.victim, str(folder / label))
+            waits = ticket.gate
+        elif gated(scenario):
+            waits = str(gate(folder, number * len(scenario.acts) // count))
         found.append(
             Chord(
                 label,
@@ -45,6 +62,7 @@ def chords(
                 where=scenario.where if ticket else "",
                 ends=scenario.ends if number in ending else "fail" if number in mixed_ends else "",
                 pause=seconds / count if deeds or not ticket else SPACING[scenario.victim],
+                gate=waits,
             )
         )
     return found

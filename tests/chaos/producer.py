@@ -17,11 +17,14 @@ from pathlib import Path
 from tests.chaos import tickets
 from tests.chaos.chords import Chord
 from tests.support.tasks import note
+from tests.support.waiting import wait_until
 
 
 def call(chord: Chord, report: str) -> None:
     """Call a chord and note how that ended."""
     threading.Event().wait(chord.pause)
+    if chord.gate:
+        wait_until(Path(chord.gate).exists, 240, f"{chord.label} may be called")
     if chord.where == "dispatch" and chord.ticket:
         tickets.arm(chord.ticket.encode())
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -18,7 +19,6 @@ from typing import Any
 import redis
 from sqlalchemy import Row, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
 
 from celery_pgbarrier import beat_schedule
 from celery_pgbarrier.embedded import spawn
@@ -50,9 +50,7 @@ class Stage:
     def __init__(self, arena: Arena, scenario: Scenario, folder: Path) -> None:
         self.arena, self.scenario, self.folder = arena, scenario, folder
         self.url = arena.new_database()
-        self.engine = create_engine(
-            self.url, poolclass=NullPool, connect_args={"connect_timeout": 2}
-        )
+        self.engine = create_engine(self.url, pool_size=1, connect_args={"connect_timeout": 2})
         options = arena.kind.settings.get("broker_transport_options", {})
         self.broker = private_broker(arena.broker.url(), **options)
         self.tickets: list[Ticket] = []
@@ -103,6 +101,11 @@ class Stage:
             [t.encode() for t in self._process_tickets(process)]
         )
         process.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every process works."""
+        return all(p.running and p.ready_text in p.log() for p in self.processes)
 
     def restart_dead(self) -> None:
         """Start again what has died."""
@@ -199,6 +202,7 @@ class Stage:
             except DBAPIError:
                 if time.monotonic() > end:
                     raise
+                threading.Event().wait(0.05)
 
     def messages(self) -> int:
         """How many messages wait in the broker.

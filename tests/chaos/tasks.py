@@ -64,10 +64,10 @@ def member(
     ledger.note(self.request.id, "start", label, "member", position)
     pause = threading.Event()
     pause.wait(seconds)
-    for _ in range(int(LAST / 0.05) if others else 0):
+    for _ in range(int(LAST / 0.1) if others else 0):
         if ledger.stored(label) >= others:
             break
-        pause.wait(0.05)
+        pause.wait(0.1)
     if ends == "fail":
         raise ValueError("as told")
     if ends == "die":

@@ -33,6 +33,10 @@ OWN_DEEDS: dict[str, Callable[[], None]] = {
 }
 
 
+#: Victims of which there is to be one at a time.
+GATED = ("worker", "pause")
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A fault point, the victim that is hit there, and the file that says that it was."""
@@ -59,6 +63,11 @@ class Ticket:
     def at(self) -> float:
         """When it was punched, seconds of the machine's clock."""
         return Path(self.path).stat().st_mtime
+
+    @property
+    def gate(self) -> str:
+        """What its chord's call waits for: another worker must be there to take over."""
+        return self.path + ".gate" if self.victim in GATED else ""
 
     def done(self) -> None:
         """Tell the waiting process that the deed is done."""

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import redis
 
@@ -22,6 +23,9 @@ from tests.chaos.tickets import Ticket
 
 #: A pause or a silent network lasts for longer than it takes to declare a worker dead.
 LONG = BOUND + 2.0
+
+#: How long a chord that was called may take to come to its ticket's point, seconds.
+PATIENCE = 15.0
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,13 @@ class Victims:
     stage: Stage
     chance: random.Random
     hits: list[Hit] = field(default_factory=list)
-    #: When a stopped group went on, by group.
-    resumed: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._later: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self._served: set[str] = set()
         self._copied: set[str] = set()
+        self._opened: dict[str, float] = {}
 
     # -- the loop
 
@@ -61,6 +64,19 @@ class Victims:
                 self._served.add(ticket.path)
                 self._serve(ticket)
         self.stage.restart_dead()
+        if self.idle and self.stage.ready:
+            self._open_gate()
+
+    def _open_gate(self) -> None:
+        """Let the next chord be called whose ticket takes a worker away."""
+        now = time.monotonic()
+        for ticket in self.stage.tickets:
+            if not ticket.gate or ticket.punched:
+                continue
+            opened = self._opened.setdefault(ticket.path, now)
+            Path(ticket.gate).touch()
+            if now - opened < PATIENCE:
+                return
 
     @property
     def idle(self) -> bool:
@@ -130,7 +146,6 @@ class Victims:
             self.later(LONG, lambda: self._resume(group))
 
     def _resume(self, group: int) -> None:
-        self.resumed[group] = time.time()
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGCONT)
 
