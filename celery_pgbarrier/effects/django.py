@@ -20,6 +20,14 @@ from celery_pgbarrier.store.database import commit
 _DIALECT = make_url("postgresql+psycopg2://").get_dialect()()
 
 
+class _Rows(IteratorResult[Any]):
+    """What a statement returned, as SQLAlchemy gives it."""
+
+    def __init__(self, names: list[str], rows: list[Any], rowcount: int) -> None:
+        super().__init__(SimpleResultMetaData(names), iter(rows))
+        self.rowcount = rowcount
+
+
 class DjangoTarget:
     """A Django database alias, in ``transaction.atomic``."""
 
@@ -63,7 +71,7 @@ class DjangoTarget:
             cursor.execute(compiled.string, compiled.construct_params(dict(parameters)))
             names = [column[0] for column in cursor.description or ()]
             rows = cursor.fetchall() if names else []
-        return IteratorResult(SimpleResultMetaData(names), iter(rows))
+            return _Rows(names, rows, cursor.rowcount)
 
     def flush(self) -> None:
         """Django leaves nothing pending."""
@@ -75,9 +83,11 @@ class DjangoTarget:
     def rollback(self) -> None:
         """Roll back."""
         atomic = self._take()
-        if atomic is not None:
+        if atomic is None:
+            return
+        if self.connection.in_atomic_block:  # it is not where the connection has been closed
             transaction.set_rollback(True, using=self._alias)
-            atomic.__exit__(None, None, None)
+        atomic.__exit__(None, None, None)
 
     def _take(self) -> Any:
         atomic, self._atomic = self._atomic, None

@@ -20,9 +20,14 @@ _NOT_OURS = ("42P01", "3F000")
 
 @dataclass(frozen=True)
 class Found:
-    """A step as it stands: whether it is done, by which claim, with which encoded value."""
+    """A step as it stands: whether it is done, by which claim, with which encoded value.
+
+    ``claimed``: the task's row has the attempt's claim; ``absent``: there is no row, because that
+    claim made it and a crash of the server took it back, or because it is in another database.
+    """
 
     claimed: bool
+    absent: bool
     done: bool
     token: str | None
     value: bytes | None
@@ -68,9 +73,11 @@ class Marker:
                 raise self._elsewhere() from error
             raise
         if not found.claimed:
-            if self._look().claimed:
+            row = self._look()
+            if row.claimed:
                 raise self._elsewhere()
-            raise self.lost()
+            if not (found.absent and row.absent):
+                raise self.lost()
         return found
 
     def record(self, target: Target, value: bytes | None) -> bool:
@@ -127,4 +134,4 @@ def _found(result: Any) -> Found:
 
 def _read(row: Any) -> Found:
     value = None if row.value is None else bytes(row.value)
-    return Found(bool(row.claimed), bool(row.done), row.token, value)
+    return Found(bool(row.claimed), bool(row.absent), bool(row.done), row.token, value)

@@ -135,8 +135,8 @@ class ConnectionTarget:
         if self._session is not None:
             self._session.close()
         try:
-            if self._transaction.is_active or self.connection.in_transaction():
-                self._transaction.rollback()
+            self.connection.rollback()
+            self.connection.connection.rollback()  # a commit that was refused has left it open
         except Exception:
             self.connection.invalidate()
 

@@ -219,7 +219,7 @@ class _Run:
             raise error
         found = self._marker.settle()
         if not found.done:
-            raise error if found.claimed else self._marker.lost() from error
+            raise error if found.claimed or found.absent else self._marker.lost() from error
         if found.token != self._marker.token:
             raise self._marker.lost() from error
         if not trouble.answer_lost(error):

@@ -215,6 +215,7 @@ class Database:
         statements of code that has one.
         """
         if self._lent is None:
+            # The engine's own transactions end themselves; those of others may not.
             options = {"pool_reset_on_return": "rollback", **self.engine_options}
             self._lent = Database(self.url, self.schema, False, options)
         connection = self._lent.engine().connect()

@@ -10,7 +10,8 @@ from contextlib import closing
 from pathlib import Path
 
 import psycopg2
-from celery import shared_task
+from celery import Task, shared_task
+from sqlalchemy import text
 
 from tests.support.services import libpq_url
 from tests.support.tasks import first, note
@@ -57,3 +58,18 @@ def overtaken(old: int, new: int, path: str, gate: str) -> int:
 def heard(value: int, path: str) -> None:
     """A link: leaves a line of what it was told."""
     note(path, value)
+
+
+@shared_task(name="acceptance.pay", bind=True)
+def pay(self: Task, label: str, told: str, ran: str, gate: str | None = None) -> int:
+    """Leave a row, a message and a value, once; the first run waits for ``gate`` in the block."""
+    run = 1 if first(ran) else 2
+    with self.transaction("pay") as tx:
+        if not tx.done:
+            insert = text("INSERT INTO body_run (label, total) VALUES (:label, :run)")
+            tx.connection.execute(insert, {"label": label, "run": run})
+            heard.delay(run, told)
+            tx.set(run)
+            if gate and run == 1:
+                wait_until(Path(gate).exists, 120, f"{gate} exists")
+    return tx.value

@@ -66,7 +66,7 @@ def test_writes_and_value_are_committed_with_the_marker(
     assert (row.task_id, row.step) == (result.id, "charge")
 
 
-def test_a_run_after_a_crash_is_given_the_stored_value(
+def test_hazard_07_a_run_after_a_crash_is_given_the_stored_value(
     each_driver: Celery, make_worker: Callable[..., InlineWorker], tables: Tables, hook: Hook,
     charges: Charges,
 ) -> None:  # fmt: skip
@@ -284,7 +284,7 @@ def test_messages_are_published_at_the_commit(
     assert lines == {"delay": ["1"], "async": ["2"], "group": ["3", "4"], "chain": ["2"]}
 
 
-def test_a_crash_after_the_commit_loses_no_message_and_doubles_none(
+def test_hazard_27_a_crash_after_the_commit_loses_no_message_and_doubles_none(
     worker: InlineWorker, hook: Hook, tables: Tables, backend: BarrierBackend, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -22,9 +22,10 @@ _MARKER = """
     AND e.replaced = CAST(:replaced AS integer) AND e.step = CAST(:step AS text)
 """
 
-#: Whether the step is done, with its value, and whether the attempt still has its task.
+#: Whether the step is done, with its value, and whether the attempt still has its task: as its row
+#: says, or because there is none.
 EFFECT_FIND = f"""
-SELECT EXISTS ({_CLAIM}) OR EXISTS ({_ROW_TAKEN_BACK}) AS claimed,
+SELECT EXISTS ({_CLAIM}) AS claimed, EXISTS ({_ROW_TAKEN_BACK}) AS absent,
        e.task_id IS NOT NULL AS done, e.value, CAST(e.token AS text) AS token
   FROM (SELECT 1) AS one LEFT JOIN {{s}}pgbarrier_effect e ON {_MARKER}
 """
