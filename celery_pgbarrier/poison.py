@@ -70,6 +70,8 @@ class _ShutMeanwhile(Exception):
 def retry(host: Host, task_id: str) -> Retried:
     """Put a poison task back: a new run of the same id, with its crashes forgotten.
 
+    Steps of ``self.transaction()`` that it has committed stay done.
+
     A member whose chord still waits for others is counted again when it ends. A chord that has
     failed stays failed: the task runs, with its links and the next steps of its chain, and counts
     for nothing.
@@ -116,6 +118,8 @@ def _put_back(host: Host, task_id: str, call: str, rejoin: bool, connection: Con
             row.id, call, name=row.name, queue=row.queue, message=message, reads=reads
         )
         _record(connection, host, again)
+    held = {"id": task_id, "held": row.call, "call": call}
+    connection.execute(statements[sql.EFFECTS_CARRY], held)
     connection.execute(statements[sql.POISON_DELETE], {"id": task_id})
     return joined
 

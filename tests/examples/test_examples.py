@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
     ("module", "expected"),
     [
         ("examples.first_chord", "its body returned 9900"),
+        ("examples.effects", "processes that ran it: 2\npayments: 1"),
         ("examples.crash_recovery", "sum of squares: 285\na process died on the way: True"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery, chord, group
 
-from celery_pgbarrier import TransactionError, reaper
+from celery_pgbarrier import TransactionError, poison, reaper
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.errors import DispatchConflict
 from tests.support.charges import Died, charge, die
@@ -187,6 +187,32 @@ def test_steps_are_apart(worker: InlineWorker, hook: Hook, charges: Charges) -> 
     hooked.delay(1, "charge")
     worker.drain()
     assert charges() == ["a", "b", "c"]
+
+
+@pytest.mark.settings(pgbarrier_max_crashes=2)
+def test_a_poison_task_that_is_put_back_is_not_charged_again(
+    worker: InlineWorker, hook: Hook, charges: Charges, backend: BarrierBackend
+) -> None:
+    dies = [True, True]
+
+    @hook("charge")
+    def run(task: Any, value: Any) -> Any:
+        with task.transaction("charge") as tx:
+            if not tx.done:
+                charge(tx)
+                tx.set(len(dies))
+        if dies and dies.pop():
+            raise Died
+        return tx.value
+
+    result = hooked.delay(1, "charge")
+    die(worker)
+    die(worker)
+    assert result.state == "FAILURE"
+    poison.retry(backend, result.id)
+    worker.drain()
+    assert worker.app.AsyncResult(result.id).get(timeout=5) == 2
+    assert charges() == ["once"]
 
 
 # -- rolled back

@@ -50,6 +50,12 @@ SELECT (SELECT count(*) FROM holds) AS claimed, (SELECT count(*) FROM marker) AS
 #: Wait until a transaction that holds the task's row has ended.
 EFFECT_SETTLING = "SELECT id FROM {s}pgbarrier_task WHERE id = :id FOR NO KEY UPDATE"
 
+#: A task that is put back by hand is a new call of the same run: what it has done stays done.
+EFFECTS_CARRY = """
+UPDATE {s}pgbarrier_effect SET call = CAST(:call AS uuid)
+ WHERE task_id = :id AND call = CAST(:held AS uuid)
+"""
+
 #: Markers that nothing asks for any more: older than rows are kept, of no task or an earlier call.
 PURGE_EFFECTS = """
 DELETE FROM {s}pgbarrier_effect WHERE ctid = ANY(ARRAY(
