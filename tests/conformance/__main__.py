@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers and databases are removed
     jobs = report.jobs_of(options.versions, options.brokers, options.backends, options.files)
-    found = _from_kept(jobs) if options.kept else _run(jobs, options)
+    found = _found(jobs, options)
     found_tables = report.tables(found)
     print(report.section(found_tables))
     if options.write:
@@ -37,6 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     print(f"{len(unexplained)} unexplained differences", *unexplained, sep="\n  ")
     return 1 if unexplained or not found else 0
+
+
+def _found(jobs: list[Job], options: argparse.Namespace) -> list[Outcome]:
+    if options.kept:
+        return _from_kept(jobs)
+    if options.again:
+        _run(_failed(jobs), options)
+        return _from_kept(jobs)
+    return _run(jobs, options)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -51,6 +60,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=str.split, default=list(default), help=help_text)
     parser.add_argument("--jobs", type=int, default=2, help="files to run at once (2)")
     parser.add_argument("--only", default="", help="a pytest -k expression; nothing is kept then")
+    parser.add_argument("--again", action="store_true", help="run only what failed in kept runs")
     parser.add_argument("--kept", action="store_true", help="run nothing, print what was kept")
     parser.add_argument("--write", type=Path, help="a Markdown file to put the tables into")
     return parser.parse_args(arguments)
@@ -58,6 +68,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _from_kept(jobs: list[Job]) -> list[Outcome]:
     return [outcome for job in jobs if (outcome := outcomes.kept(KEPT, job)) is not None]
+
+
+def _failed(jobs: list[Job]) -> list[Job]:
+    return [outcome.job for outcome in _from_kept(jobs) if outcome.to_rerun()]
 
 
 def _run(jobs: list[Job], options: argparse.Namespace) -> list[Outcome]:
@@ -89,7 +103,8 @@ def _package(suite: Suite, target: Path) -> Path:
 
 
 def _one(runner: Runner, suite: Suite, job: Job, options: argparse.Namespace) -> Outcome:
-    outcome = runner.run(suite, job)
+    kept = outcomes.kept(KEPT, job) if options.again else None
+    outcome = runner.run(suite, job) if kept is None else runner.again(suite, kept)
     print(f"{job}: {outcome.summary()} in {outcome.seconds} s", file=sys.stderr, flush=True)
     for name in outcome.to_rerun():
         print(f"  failed: {name}: {outcome.tests[name].reason}", file=sys.stderr, flush=True)

@@ -79,10 +79,19 @@ class Runner:
         started = time.monotonic()
         outcome = Outcome(job, date=f"{datetime.date.today():%Y-%m-%d}")
         outcome.tests = self._tests(suite, job, [f"{job.file}.py"])
+        outcome.seconds = round(time.monotonic() - started, 1)
+        return self.again(suite, outcome)
+
+    def again(self, suite: Suite, outcome: Outcome) -> Outcome:
+        """Give the tests of an outcome that failed a second chance.
+
+        Raises:
+            Stopped: the runner was stopped.
+        """
         failed = outcome.to_rerun()
         if failed:
-            outcome.after_rerun(Outcome(job, self._tests(suite, job, failed)))
-        outcome.seconds = round(time.monotonic() - started, 1)
+            tests = self._tests(suite, outcome.job, failed)
+            outcome.after_rerun(Outcome(outcome.job, tests))
         return outcome
 
     def _tests(self, suite: Suite, job: Job, names: list[str]) -> dict[str, Verdict]:
