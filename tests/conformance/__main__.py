@@ -60,6 +60,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=str.split, default=list(default), help=help_text)
     parser.add_argument("--jobs", type=int, default=2, help="files to run at once (2)")
     parser.add_argument("--only", default="", help="a pytest -k expression; nothing is kept then")
+    parser.add_argument(
+        "--patience", type=int, default=1, help="multiplies the suite's own time limits (1)"
+    )
     parser.add_argument("--again", action="store_true", help="run only what failed in kept runs")
     parser.add_argument("--kept", action="store_true", help="run nothing, print what was kept")
     parser.add_argument("--write", type=Path, help="a Markdown file to put the tables into")
@@ -86,7 +89,7 @@ def _run(jobs: list[Job], options: argparse.Namespace) -> list[Outcome]:
             version: _package(suite, Path(stack.enter_context(tempfile.TemporaryDirectory())))
             for version, suite in prepared.items()
         }
-        runner = Runner(services, packages, options.only)
+        runner = Runner(services, packages, options.only, options.patience)
         pool = stack.enter_context(ThreadPoolExecutor(options.jobs))
         runs = [pool.submit(_one, runner, prepared[job.version], job, options) for job in jobs]
         try:

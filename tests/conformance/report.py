@@ -105,7 +105,8 @@ def _remarks(name: str, tests: Mapping[str, Verdict]) -> Iterable[tuple[str, str
     elif ours.passed and not redis.passed and "redis" in tests:
         yield "Pass on ours and not on Celery's Redis backend", _brief(redis)
     elif ours.outcome == "failed":
-        yield "Fail on ours and on Celery's Redis backend", ours.reason
+        why = explanation(name) or ours.reason
+        yield "Fail on ours, and do not pass on Celery's Redis backend", f"{redis.outcome}; {why}"
     if database.outcome == "failed" and redis.passed:
         yield "Pass on Celery's Redis backend and fail on Celery's database backend", ""
     if database.passed and not redis.passed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -9,20 +10,22 @@ import sys
 import tarfile
 import tempfile
 import venv
+from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 #: Inside the environment of the checkout, so that `make clean` removes it.
 CACHE = CHECKOUT / ".venv/conformance"
+PLUGIN = Path(__file__).parent / "plugin/pgbarrier_conformance.py"
 
 VERSIONS = ("5.7.0", "5.6.3", "5.5.3")
+#: Not ``test_backend``: it is about Azure's storage alone.
 FILES = (
     "test_canvas",
     "test_tasks",
     "test_group_chains",
     "test_database_backend",
-    "test_backend",
     "test_worker",
     "test_inspect",
     "test_serialization",
@@ -62,26 +65,30 @@ def prepare(version: str) -> Suite:
     place = CACHE / f"celery-{version}-{_requirements_hash()}"
     suite = Suite(version, place / "source", place / "environment")
     complete = place / "complete"
-    if not complete.exists():
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        _unpack(version, place, suite.source)
-        _install(version, suite)
-        complete.touch()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs that start, one prepares
+        if not complete.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            _unpack(version, place, suite.source)
+            _install(version, suite)
+            complete.touch()
     return suite
 
 
 def _requirements_hash() -> str:
     """Return what tells environments with other requirements apart: this package's and ours."""
-    digest = hashlib.sha256((CHECKOUT / "setup.cfg").read_bytes())
-    digest.update(" ".join((EXTRAS, *REQUIREMENTS)).encode())
-    return digest.hexdigest()[:8]
+    metadata = ConfigParser()
+    metadata.read(CHECKOUT / "setup.cfg")
+    requirements = (metadata["options"]["install_requires"], EXTRAS, *REQUIREMENTS)
+    return hashlib.sha256(" ".join(requirements).encode()).hexdigest()[:8]
 
 
 def install_package(python: Path, target: Path) -> None:
-    """Install the checkout's package as it is now into a folder of its own.
+    """Install the checkout's package and plugin, as they are now, into a folder of its own.
 
-    It is built from a copy: a build leaves files in the folder that it runs in.
+    The package is built from a copy: a build leaves files in the folder that it runs in.
     """
     with tempfile.TemporaryDirectory() as copy:
         for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -89,6 +96,7 @@ def install_package(python: Path, target: Path) -> None:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / "celery_pgbarrier", f"{copy}/celery_pgbarrier", ignore=ignored)
         _pip(python, "install", "--no-deps", "--target", str(target), copy)
+    shutil.copy(PLUGIN, target)
 
 
 def _unpack(version: str, place: Path, source: Path) -> None:
