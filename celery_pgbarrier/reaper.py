@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -160,7 +161,7 @@ def purge(host: barrier.Releasing, batches: int | None = None) -> int:
     limits = Limits(host.settings.batch_size, max_batches=batches)
     done = sweeps.Counts()
     for step in (
-        partial(_purge_rows, host, sql.PURGE_TASKS),
+        _tasks_purge(host),
         partial(_purge_rows, host, sql.PURGE_GROUPS),
         partial(_purge_rows, host, sql.PURGE_POISON),
         partial(_purge_barriers, host),
@@ -169,6 +170,19 @@ def purge(host: barrier.Releasing, batches: int | None = None) -> int:
         run_batches(step, limits, done, stop=shutdown.stopping)
     day = max(host.settings.lease * 10, 3600.0)
     return done.rows + host.database.count(sql.WORKERS_PURGE, {"age": day})
+
+
+def _tasks_purge(host: barrier.Releasing) -> Callable[[int], Batch]:
+    """Return what deletes a batch of expired tasks, each time from where it got to."""
+    since: Any = "-infinity"
+
+    def purge_tasks(size: int) -> Batch:
+        nonlocal since
+        (found,) = host.database.statement(sql.PURGE_TASKS, {"limit": size, "since": since})
+        since = found.until or since
+        return Batch(found.rows, more=found.rows >= size)
+
+    return purge_tasks
 
 
 def _purge_rows(host: barrier.Releasing, statement: str, size: int) -> Batch:

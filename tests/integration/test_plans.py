@@ -13,7 +13,7 @@ from celery_pgbarrier.store import sql
 from celery_pgbarrier.store.sql import Statements
 from tests.support.tables import Tables
 
-VALUES: dict[str, Any] = {"limit": 1000, "grace": 1.0, "keep": 3600.0}
+VALUES: dict[str, Any] = {"limit": 1000, "grace": 1.0, "keep": 3600.0, "since": "-infinity"}
 
 #: Statements by the column of the index that they are to search.
 SEARCHED = {

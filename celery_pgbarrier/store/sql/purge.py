@@ -12,12 +12,20 @@ DELETE FROM {s}pgbarrier_worker w
    AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_task t WHERE t.worker = w.id)
 """
 
-#: Finished rows past their expiry that belong to no barrier.
+#: Finished rows past their expiry that belong to no barrier.  Each batch begins where the last one
+#: ended, not among the entries of the index that it left dead; and none is flushed, because a row
+#: that a crash of the server brings back is deleted again.
 PURGE_TASKS = """
-DELETE FROM {s}pgbarrier_task WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM {s}pgbarrier_task WHERE expires_at < (SELECT clock_timestamp())
-     AND state IN ('done', 'untracked') AND barrier_id IS NULL
-     ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED))
+WITH expired AS (
+    SELECT ctid AS place, expires_at FROM {s}pgbarrier_task
+     WHERE expires_at < (SELECT clock_timestamp()) AND expires_at >= CAST(:since AS timestamptz)
+       AND state IN ('done', 'untracked') AND barrier_id IS NULL
+     ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM {s}pgbarrier_task WHERE ctid = ANY(ARRAY(SELECT place FROM expired))
+)
+SELECT count(*) AS rows, max(expires_at) AS until, set_config('synchronous_commit', 'off', true)
+  FROM expired
 """
 
 PURGE_GROUPS = """
