@@ -117,7 +117,7 @@ def _errbacks() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 _rarely = st.sampled_from([False, False, False, True])
-_does = st.sampled_from(["ok", "ok", "ok", "ok", "retry", "fail", "give up"])
+_does = st.sampled_from(["ok", "ok", "ok", "ok", "ok", "ok", "retry", "retry", "fail", "give up"])
 
 
 def _tasks() -> st.SearchStrategy[Node]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from celery import states
@@ -13,18 +15,40 @@ from tests.differential.running import Seen
 
 AGREED = "agreed"
 STRANDED = "Celery strands a chord"
+UNNAMED = "Celery does not name the member of a nested header that failed"
 TWICE = "Celery starts a step after a group body once for each member"
+
+
+#: What Celery says of a failure where the header's results are nested.
+_JOIN_ERROR = re.compile(r"Join error: ")
 
 
 def verdict(canvas: Node, theirs: Seen, ours: Seen) -> str | None:
     """Return "agreed", the name of the defect that explains a difference, None for neither."""
     if theirs == ours:
         return AGREED
+    theirs = _named(theirs)
+    if theirs == ours:
+        return UNNAMED
     if _stranded(canvas, theirs, ours):
         return STRANDED
     if _started_twice(canvas, theirs, ours):
         return TWICE
     return None
+
+
+def _named(seen: Seen) -> Seen:
+    """Say as ours would that a member of a header failed."""
+
+    def named(outcome: Any) -> Any:
+        if isinstance(outcome, list):
+            return [named(part) for part in outcome]
+        if isinstance(outcome, str):
+            return _JOIN_ERROR.sub("Dependency <id> raised ", outcome)
+        return outcome
+
+    parents = tuple(named(parent) for parent in seen.parents)
+    return replace(seen, outcome=named(seen.outcome), parents=parents)
 
 
 def _stranded(canvas: Node, theirs: Seen, ours: Seen) -> bool:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import pytest
 
 from tests.differential.canvases import Node
-from tests.differential.rules import AGREED, STRANDED, TWICE, verdict
+from tests.differential.rules import AGREED, STRANDED, TWICE, UNNAMED, verdict
 from tests.differential.running import Side
 
 pytestmark = [
@@ -75,6 +75,19 @@ def test_celery_starts_a_chord_after_a_group_body_once_for_each_task(make_sides:
             assert seen.outcome == theirs.outcome
             assert verdict(canvas, theirs, seen) == TWICE
             assert ours.left_open() == []
+
+
+def test_celery_does_not_name_the_member_of_a_nested_header_that_failed(
+    make_sides: MakeSides,
+) -> None:
+    canvas = chord(chain(OK, group(FAIL, OK)), OK)
+    with make_sides("redis", "claimed", "plain") as (redis, *both):
+        theirs = redis.run(canvas)
+        assert theirs.outcome == "FAILURE ChordError: Join error: ValueError('task1')"
+        for ours in both:
+            seen = ours.run(canvas)
+            assert seen.outcome == "FAILURE ChordError: Dependency <id> raised ValueError('task1')"
+            assert verdict(canvas, theirs, seen) == UNNAMED
 
 
 def test_what_differs_without_a_name_is_no_agreement(make_sides: MakeSides) -> None:

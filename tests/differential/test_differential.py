@@ -42,7 +42,7 @@ def bounded(test: Callable[..., None]) -> Callable[..., None]:
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.generate],
     )
     return options(test if SEED is None else seed(int(SEED))(test))
 
@@ -56,19 +56,27 @@ def test_canvases_agree(
     """Outcome, values and their order, tasks that ran, links and errbacks, and their numbers."""
     found: Counter[str] = Counter()
     distinct: set[Node] = set()
+    wrong: list[tuple[int, str]] = []  # all of them: the smallest is the one to look at
     with make_sides("redis", kind) as (theirs, ours):
 
         @bounded
         @given(canvases())
-        def agree(canvas: Node) -> None:
-            seen = theirs.run(canvas), ours.run(canvas)
-            assert ours.left_open() == [], canvas
-            name = verdict(canvas, *seen)
-            assert name, f"{canvas}: theirs, ours:\n{seen[0].difference(seen[1])}"
-            found[name] += canvas not in distinct
+        def compare(canvas: Node) -> None:
+            if canvas in distinct:
+                return
             distinct.add(canvas)
+            seen = theirs.run(canvas), ours.run(canvas)
+            left, name = ours.left_open(), verdict(canvas, *seen)
+            if name and not left:
+                found[name] += 1
+            else:
+                difference = seen[0].difference(seen[1])
+                wrong.append((canvas.size(), f"{canvas}: theirs, ours:\n{difference}\n{left}"))
 
-        agree()
-    assert found[AGREED] > CANVASES / 3
+        compare()
     with capsys.disabled():
-        print(f"\n{kind}: {len(distinct)} distinct canvases of {CANVASES}: {dict(found)}")
+        print(f"\n{kind}: {len(distinct)} canvases, no two alike: {dict(found)}")
+    assert not wrong, f"{len(wrong)} disagree, such as\n" + "\n".join(
+        text for _, text in sorted(wrong)[:5]
+    )
+    assert found[AGREED] > len(distinct) / 3

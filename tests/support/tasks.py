@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,13 @@ def sleepy(value: Any, gate: str, started: str | None = None, deadline: float = 
     if started:
         note(started, value)
     wait_until(Path(gate).exists, deadline, f"{gate} exists")
+    return value
+
+
+@both
+def paused(value: Any, seconds: float) -> Any:
+    """Return ``value`` after a while: for tests that share no files with their workers."""
+    threading.Event().wait(seconds)
     return value
 
 
