@@ -23,7 +23,6 @@ from pytest_celery import (
 )
 from pytest_docker_tools import build, container, fxtr
 
-import docker
 from celery_pgbarrier.embedded import EmbeddedBroker, EmbeddedPostgres
 from tests.cluster import vendors
 from tests.cluster.local import LocalPostgres, LocalRedis, LocalWorker
@@ -34,16 +33,7 @@ from tests.support.workers import ROOT, WorkerProcess
 WORKERS = 2
 
 
-def no_engine() -> str:
-    """Why there is no Docker to use; nothing where there is."""
-    try:
-        docker.from_env(timeout=5).ping()
-    except docker.errors.DockerException as error:
-        return f"no Docker engine answers ({type(error).__name__}): containers are left out"
-    return ""
-
-
-_missing = no_engine()
+_missing = vendors.no_engine()
 
 
 @pytest.fixture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from celery import chord
 from celery.exceptions import ChordError
 from pytest_celery import CeleryTestSetup
 
+from tests.cluster.vendors import no_engine
 from tests.support.canvases import VALUES
 from tests.support.tables import Tables
 from tests.support.tasks import fail, paused, xsum
@@ -20,6 +22,7 @@ from tests.support.world import KINDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+LONG = bool(os.environ.get("PGBARRIER_TEST_LONG"))
 DEADLINE = 90.0
 FEW = ["chain body", "three chords deep", "generator header", "a member that retries",
        "a member that is replaced by a chord"]  # fmt: skip
@@ -70,7 +73,11 @@ FAILURES: dict[str, Callable[[CeleryTestSetup], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAILURES)
+#: Every day; the others are for containers and the long run, and stand in tests/acceptance too.
+DAILY = ["a worker is killed", "the broker is killed and forgets"]
+
+
+@pytest.mark.parametrize("name", FAILURES if LONG or not no_engine() else DAILY)
 def test_a_chord_survives(celery_setup: CeleryTestSetup, tables: Tables, name: str) -> None:
     assert celery_setup.ready(control=True)
     result = chord([paused.s(n, 0.5) for n in range(12)], xsum.s()).delay()
