@@ -27,20 +27,20 @@ SETTINGS = {
     **FAST_RECOVERY,
     "imports": ["tests.support.tasks"],
     "broker_connection_retry_on_startup": True,
-    "broker_transport_options": {"visibility_timeout": 3, "unacked_restore_interval": 1},
 }
 
 
 def no_engine() -> str:
     """Why there is no Docker to use; nothing where there is."""
-    url = urlsplit(os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"))
+    address = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    url = urlsplit(address)
     local = url.scheme == "unix"
     with socket.socket(socket.AF_UNIX if local else socket.AF_INET) as probe:
         probe.settimeout(5)
         try:
             probe.connect(url.path if local else (url.hostname, url.port or 2375))
         except OSError as error:
-            return f"no Docker engine answers at {url.geturl()} ({error}): containers are left out"
+            return f"no Docker engine answers at {address} ({error}): containers are left out"
     return ""
 
 
