@@ -8,7 +8,7 @@ UPDATE {s}pgbarrier_barrier SET checked_at = clock_timestamp()
  WHERE id = ANY(ARRAY(
     SELECT id FROM {s}pgbarrier_barrier
      WHERE state = 'waiting'
-       AND checked_at < clock_timestamp() - make_interval(secs => :after)
+       AND checked_at < (SELECT clock_timestamp()) - make_interval(secs => :after)
      ORDER BY checked_at LIMIT :limit FOR UPDATE SKIP LOCKED))
 RETURNING id
 """
