@@ -13,7 +13,13 @@ from celery_pgbarrier.store import sql
 from celery_pgbarrier.store.sql import Statements
 from tests.support.tables import Tables
 
-VALUES: dict[str, Any] = {"limit": 1000, "grace": 1.0, "keep": 3600.0, "since": "-infinity"}
+VALUES: dict[str, Any] = {
+    "limit": 1000,
+    "grace": 1.0,
+    "keep": 3600.0,
+    "since": "-infinity",
+    "after": 60.0,
+}
 
 #: Statements by the column of the index that they are to search.
 SEARCHED = {
@@ -24,6 +30,7 @@ SEARCHED = {
     "PURGE_EFFECTS": "created_at",
     "EXPIRED_BARRIER": "expires_at",
     "BARRIERS_READY": "ready_at",
+    "BARRIERS_UNCHECKED": "checked_at",
 }
 
 
