@@ -22,7 +22,18 @@ from tests.support import databases
 from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker, workers
 from tests.support.tables import Tables
-from tests.support.tasks import add, hooked, identity, noted, notes, xsum
+from tests.support.tasks import (
+    add,
+    echo,
+    fail,
+    hooked,
+    identity,
+    noted,
+    noted_error,
+    notes,
+    replaced,
+    xsum,
+)  # fmt: skip
 from tests.support.wire import Wire
 from tests.support.workers import environment
 
@@ -68,6 +79,50 @@ def test_the_statements_of_a_dispatch_do_not_grow_with_its_members(
         chord([add.s(1, 1) for _ in range(size)], xsum.s()).delay()
         counts.append(len(wire.said))
     assert counts[0] == counts[1]
+
+
+def test_a_chord_takes_five_statements(
+    make_app: Callable[..., Celery], redis_broker: Broker, wire: Wire
+) -> None:
+    """The barrier with its slots, a batch of members, the mark that they were published."""
+    app = make_app(redis_broker, databases.backend_url(wire.url))
+    assert app.backend.get_state("warm") == "PENDING"
+    wire.said.clear()
+    chord([add.s(1, 1) for _ in range(500)], xsum.s()).delay()
+    said = [text.split()[0] for text in wire.said]
+    assert said == ["BEGIN", "WITH", "INSERT", "COMMIT", "UPDATE"]
+
+
+def test_members_carry_a_stub_of_their_body(
+    app: Celery, worker: InlineWorker, tables: Tables, hook: Hook, tmp_path: Path
+) -> None:
+    """A large body is recorded once, and runs whole; members add and replace as ever."""
+    path = str(tmp_path / "linked")
+    large = {"keyword": "x" * 100_000}
+    hook("adds")(lambda task, value: task.add_to_chord(add.si(10, 10)) and None)
+    body = echo.s(**large).set(link=[noted.si("linked", path)])
+    header = [add.s(1, 1), hooked.s(2, "adds"), replaced.s(add.s(3, 0)), add.s(2, 2) | add.s(0)]
+    result = chord(header, body).delay()
+    sizes = tables.ask("SELECT length(message) FROM pgbarrier_task WHERE message IS NOT NULL")
+    assert len(sizes) == 4
+    assert max(size for (size,) in sizes) < 3000
+    assert tables.value("SELECT length(body) FROM pgbarrier_barrier") > 100_000
+    worker.drain()
+    value = result.get(timeout=5)
+    assert value["kwargs"] == large
+    assert sorted(value["args"][0]) == [2, 2, 3, 4, 20]
+    assert notes(path) == ["linked"]
+
+
+def test_a_stubs_chord_that_fails_calls_the_errbacks_of_the_body(
+    worker: InlineWorker, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "errors")
+    body = xsum.s().set(link_error=[noted_error.s(path)])
+    result = chord([add.s(1, 1), fail.s() | add.s(1)], body).delay()
+    worker.drain()
+    assert result.state == "FAILURE"
+    assert notes(path) == [result.id]
 
 
 def test_a_barrier_is_committed_before_anything_is_published(
