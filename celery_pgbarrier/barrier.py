@@ -385,6 +385,7 @@ def _close(
     row = connection.execute(statements[sql.BARRIER_LOCK], {"id": barrier_id}).first()
     if row is None:
         return None
+    pages = partial(_pages, connection, host, row)
     closing = Closing(
         row.id,
         row.call,
@@ -393,8 +394,8 @@ def _close(
         row.size,
         row.members,
         int(row.bytes),
-        partial(_pages, connection, host, sql.BARRIER_MEMBERS, row),
-        partial(_pages, connection, host, sql.BARRIER_DOUBTFUL, row),
+        partial(pages, row.members, sql.BARRIER_MEMBERS),
+        partial(pages, row.doubtful, sql.BARRIER_DOUBTFUL),
     )
     state, unit = host.closing_unit(closing, refused)
     committed = write(connection, host, unit)
@@ -403,8 +404,12 @@ def _close(
     return unit, committed
 
 
-def _pages(connection: Connection, host: Host, statement: str, barrier: Any) -> Iterator[Page]:
-    """Read members page by page, so that no more than a page of them is held here."""
+def _pages(
+    connection: Connection, host: Host, barrier: Any, count: int, statement: str
+) -> Iterator[Page]:
+    """Read members, *count* in all, page by page, so that no more than a page is held here."""
+    if not count:
+        return
     for start, stop in reference.windows(barrier.size, host.settings.batch_size):
         window = {"id": barrier.id, "start": start, "stop": stop}
         rows = connection.execute(host.database.sql[statement], window)

@@ -115,9 +115,11 @@ SELECT :id, :barrier, slot.slot, adder.position, 'expected' FROM slot, adder
 #: Lock a barrier that is ready, with what its members' results amount to; none where another
 #: process is releasing it.
 BARRIER_LOCK = """
-SELECT b.id, CAST(b.call AS text) AS call, b.body, b.structure, b.size, m.members, m.bytes
+SELECT b.id, CAST(b.call AS text) AS call, b.body, b.structure, b.size, m.members, m.bytes,
+       m.doubtful
   FROM {s}pgbarrier_barrier b, LATERAL (
-       SELECT count(*) AS members, COALESCE(sum(length(t.result)), 0) AS bytes
+       SELECT count(*) AS members, COALESCE(sum(length(t.result)), 0) AS bytes,
+              count(*) FILTER (WHERE t.status <> 'SUCCESS' OR t.result IS NULL) AS doubtful
          FROM {s}pgbarrier_task t WHERE t.barrier_id = b.id) AS m
  WHERE b.id = :id AND b.state = 'ready' FOR UPDATE OF b SKIP LOCKED
 """
