@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tests.chaos import tickets
 from tests.chaos.chords import Chord
@@ -46,11 +48,20 @@ def fork(chords: Iterable[Chord], report: str) -> None:
     os.waitpid(pid, 0)
 
 
+def _warm(app: Any) -> None:
+    """Do once what each fork would do again, short of connecting."""
+    app.finalize()
+    for module in ("kombu.transport.redis", "celery_pgbarrier.store.schema", "psycopg2"):
+        importlib.import_module(module)
+    Chord("warm", 2).signature().freeze()
+
+
 def main(path: str, report: str) -> None:
     """Call the chords in order."""
     from tests.chaos.app import app
 
     app.set_default()
+    _warm(app)
     chords = [Chord.decode(values) for values in json.loads(Path(path).read_text())]
     for _, some in itertools.groupby(chords, lambda c: c.label if c.where == "dispatch" else ""):
         fork(some, report)
