@@ -10,12 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: test demo bench lint wheel-smoke conformance chaos clean help
+.PHONY: test test-pgbouncer demo bench lint wheel-smoke conformance chaos clean help
 .NOTPARALLEL:
 
 help:
 	@echo "make demo         a chord over the standard library, while workers are killed and the broker forgets"
 	@echo "make test         the whole suite; PYTEST_ARGS='-k reaper' for a part"
+	@echo "make test-pgbouncer  a part of the suite through PgBouncer in transaction mode"
 	@echo "make bench        beside Celery's own backends; BENCH_ARGS='--questions chord,get --quick' for a part"
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make wheel-smoke  build the wheel, install it elsewhere, use it"
@@ -28,6 +29,15 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
+
+# What cuts the server's own connections is left out: PgBouncer's clients do not feel it.
+POOLED := test_canvases test_counting test_dispatch test_hazard_03_blips test_hazards_claims test_hazards_leases \
+	test_hazards_outbox test_poison test_repair
+
+test-pgbouncer: $(VENV)/.test
+	PGBARRIER_TEST_PGBOUNCER=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal \
+		-k 'not connections_that_are_cut' $(POOLED:%=tests/integration/%.py) \
+		'tests/acceptance/test_pools.py::test_a_member_is_killed_once[prefork-defaults]'
 
 bench: $(VENV)/.test $(VENV)/.bench
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)

@@ -1,5 +1,6 @@
 """The servers, databases, brokers and worker processes of the tests.
 
+With ``PGBARRIER_TEST_PGBOUNCER=1`` PgBouncer stands between, in transaction mode.
 ``PGBARRIER_TEST_POSTGRES``, ``PGBARRIER_TEST_REDIS`` and ``PGBARRIER_TEST_RABBITMQ`` name servers;
 the first two may say ``embedded``. Without them the default ports of this machine are tried, then
 embedded servers started. With ``CI=true`` a server that is missing fails the run.
@@ -18,7 +19,7 @@ import pytest
 from celery import Celery, _state
 
 from celery_pgbarrier.embedded import EmbeddedBroker, EmbeddedPostgres
-from tests.support import brokers, databases
+from tests.support import brokers, databases, pgbouncer
 from tests.support.brokers import Broker
 from tests.support.services import ServiceMissing, Services, find_services
 from tests.support.waiting import wait_until
@@ -157,8 +158,9 @@ def template_database(postgres_server: str) -> str:
 
 
 def _checked_database(request: pytest.FixtureRequest, admin: str, source: str) -> Iterator[str]:
+    pooler = request.config.stash[SERVICES].pgbouncer
     with databases.temporary_database(admin, source) as url:
-        yield url
+        yield pgbouncer.through(url, pooler)
         if not request.node.stash.get(FAILED, False):
             left = databases.leaks(admin, url)
             assert not left, "left behind in the database of the test:\n" + "\n".join(left)

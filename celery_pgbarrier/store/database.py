@@ -43,8 +43,9 @@ _SILENCE = {
 }
 #: SQLSTATE classes and codes that pass (PostgreSQL manual, appendix A).
 _TRANSIENT_CLASSES = ("08", "53")
+_READ_ONLY = "25006"  # read_only_sql_transaction: a standby, or a primary that was one
 _TRANSIENT_CODES = {
-    "25006",  # read_only_sql_transaction: a standby that is about to be promoted
+    _READ_ONLY,
     "40001",  # serialization_failure
     "40P01",  # deadlock_detected
     "55P03",  # lock_not_available
@@ -314,6 +315,8 @@ class Database:
                 if left <= 0:
                     kind = DatabaseRetryLater if ambiguous else DatabaseUnavailable
                     raise kind(f"{safe_url(self.url)} is away: {_first(error)}") from error
+                if isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY:
+                    self.dispose()  # a server that is read-only may no longer be the primary
                 logger.warning("PostgreSQL is away, trying again: %s", _first(error))
                 time.sleep(min(left, pause * (0.5 + random.random())))
                 pause = min(pause * 2, 2.0)

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, Row, create_engine, text
 
 from tests.acceptance.tasks import DATABASE, part, total
 from tests.support.brokers import Broker
-from tests.support.databases import backend_url
+from tests.support.databases import backend_url, with_driver
 from tests.support.waiting import wait_until
 from tests.support.workers import BeatProcess, WorkerProcess, environment
 
@@ -204,7 +204,11 @@ class Scene:
 def audited(url: str) -> Iterator[Engine]:
     """An engine for the database of a test, whose tables now keep their history."""
     engine = create_engine(
-        url, isolation_level="AUTOCOMMIT", pool_size=1, max_overflow=0, pool_pre_ping=True
+        with_driver(url, "psycopg2"),  # prepares no statements, so that PgBouncer may stand between
+        isolation_level="AUTOCOMMIT",
+        pool_size=1,
+        max_overflow=0,
+        pool_pre_ping=True,
     )
     with engine.connect() as connection:
         connection.exec_driver_sql(AUDIT)

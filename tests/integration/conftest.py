@@ -10,10 +10,11 @@ import pytest
 from celery import Celery
 
 from celery_pgbarrier.backend import BarrierBackend
-from tests.support import databases, tasks
+from tests.support import databases, pgbouncer, tasks
 from tests.support.brokers import Broker
 from tests.support.charges import TABLE
 from tests.support.inline import InlineWorker, workers
+from tests.support.services import Services
 from tests.support.tables import Tables, close_pools
 from tests.support.waiting import wait_until
 from tests.support.wire import Wire
@@ -35,9 +36,11 @@ def no_connections_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def module_database(postgres_server: str, template_database: str) -> Iterator[str]:
+def module_database(
+    services: Services, postgres_server: str, template_database: str
+) -> Iterator[str]:
     with databases.temporary_database(postgres_server, template_database) as url:
-        yield url
+        yield pgbouncer.through(url, services.pgbouncer)
 
 
 @pytest.fixture

@@ -135,13 +135,12 @@ def test_members_of_different_slots_do_not_wait_for_each_other(
     """One transaction is left open for each slot, and none of them waits."""
     tokens = held(backend, tables, 30)
     slots = slots_for(30)
-    engine = create_engine(
-        database_url, poolclass=NullPool, connect_args={"options": "-c lock_timeout=2s"}
-    )
+    engine = create_engine(database_url, poolclass=NullPool)
     connections = []
     try:
         for task_id, token in list(tokens.items())[:slots]:
             connections.append(engine.connect())
+            connections[-1].execute(text("SET LOCAL lock_timeout = '2s'"))
             barrier.write(connections[-1], backend, outcome(backend, task_id, token))
     finally:
         for connection in connections:

@@ -62,7 +62,7 @@ MOMENTS = {
     "the claim of a member": "pgbarrier_task AS t\n   SET state = 'running'",
     "the outcome of a member": "state = 'done', status",
     "a transaction": "COMMIT",
-    "the release": "FOR UPDATE SKIP LOCKED",
+    "the release": "FOR UPDATE OF b SKIP LOCKED",
     "the end of the release": "closed_at = clock_timestamp()",
     "the mark of publication": "SET published_at",
 }

@@ -16,8 +16,11 @@ from kombu import Connection
 from sqlalchemy import make_url
 
 from celery_pgbarrier.embedded import EmbeddedBroker, EmbeddedPostgres, EmbeddedServerError
+from tests.support import pgbouncer
 
 EMBEDDED = "embedded"
+#: Set to 1, the databases of tests are reached through PgBouncer.
+PGBOUNCER = "PGBARRIER_TEST_PGBOUNCER"
 CONNECT_SECONDS = 3
 
 
@@ -27,11 +30,15 @@ class ServiceMissing(Exception):
 
 @dataclass(frozen=True)
 class Services:
-    """The URLs of the servers; no RabbitMQ where none was reached."""
+    """The URLs of the servers; no RabbitMQ where none was reached.
+
+    ``pgbouncer`` is the ``host:port`` of the pooler that tests go through, if they do.
+    """
 
     postgres: str
     redis: str
     rabbitmq: str | None
+    pgbouncer: str | None = None
     notes: tuple[str, ...] = ()
 
     def encode(self) -> dict[str, object]:
@@ -136,4 +143,13 @@ def find_services(stack: ExitStack, environ: Mapping[str, str] = os.environ) -> 
     found = [kind.find(environ, stack) for kind in (POSTGRES, REDIS, RABBITMQ)]
     urls = [url for url, _ in found]
     notes = tuple(note for _, note in found if note)
-    return Services(*urls, notes=notes)  # type: ignore[arg-type]
+    pooler = None
+    if environ.get(PGBOUNCER) == "1":
+        program = pgbouncer.find()
+        if program is None:
+            raise ServiceMissing(
+                f"{PGBOUNCER}=1 and no pgbouncer is installed: install its package"
+            )
+        pooler = stack.enter_context(pgbouncer.running(program, str(urls[0])))
+        notes += (f"PgBouncer stood between the tests and PostgreSQL, as {PGBOUNCER} says",)
+    return Services(*urls, pgbouncer=pooler, notes=notes)  # type: ignore[arg-type]
