@@ -73,3 +73,15 @@ def pay(self: Task, label: str, told: str, ran: str, gate: str | None = None) ->
             if gate and run == 1:
                 wait_until(Path(gate).exists, 120, f"{gate} exists")
     return tx.value
+
+
+@shared_task(name="acceptance.deadly")
+def deadly(way: str, path: str) -> None:
+    """A member that kills what runs it, every time."""
+    note(path, os.getpid())
+    if way == "exit":
+        os._exit(1)
+    number = signal.SIGSEGV if way == "segfault" else signal.SIGKILL
+    if way == "machine":
+        os.killpg(os.getpgid(0), number)
+    os.kill(os.getpid(), number)
