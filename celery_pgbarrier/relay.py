@@ -205,22 +205,19 @@ def publish_lost(host: Host) -> int:
         DatabaseUnavailable: PostgreSQL is away.
     """
     settings = host.settings
-    early = min(settings.empty_after, settings.republish_after)
-    age = {"after": settings.republish_after, "early": early}
-    scan = {**age, "scan": settings.batch_size * _SCAN}
-    out: dict[str, list[str]] = {}
-    for row in host.database.statement(sql.MESSAGES_OUT, scan):
-        out.setdefault(row.queue, []).append(row.id)
-    if not out:
-        return 0
-    gone = queues.empty(host.app, sorted(out))
-    lost = [task_id for queue in sorted(gone) for task_id in out[queue]]
+    scan: dict[str, Any] = {
+        "after": settings.republish_after,
+        "early": min(settings.empty_after, settings.republish_after),
+        "scan": settings.batch_size * _SCAN,
+    }
+    names = [row.queue for row in host.database.statement(sql.QUEUES_OUT, scan)]
+    gone = sorted(queues.empty(host.app, sorted(names))) if names else []
     published = 0
-    for start in range(0, len(lost), settings.batch_size):
-        ids = lost[start : start + settings.batch_size]
-        taken = host.database.transaction(partial(_take_lost, host, ids, age))
+    for _ in range(_SCAN if gone else 0):
+        parameters = {**scan, "queues": gone, "limit": settings.batch_size}
+        taken = host.database.transaction(partial(_take_lost, host, parameters))
         if not taken:
-            continue
+            break
         logger.warning("%s messages are gone from their queues and are sent again", len(taken))
         sent = _publish(host, taken)
         published += sent
@@ -229,9 +226,6 @@ def publish_lost(host: Host) -> int:
     return published
 
 
-def _take_lost(
-    host: Host, ids: list[str], age: dict[str, float], connection: Connection
-) -> list[Row[Any]]:
-    parameters = {**age, "ids": ids}
+def _take_lost(host: Host, parameters: dict[str, Any], connection: Connection) -> list[Row[Any]]:
     lost = connection.execute(host.database.sql[sql.MESSAGES_LOST], parameters).scalars().all()
     return _advance(host, connection, list(lost))

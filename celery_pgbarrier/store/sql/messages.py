@@ -71,28 +71,31 @@ UPDATE {s}pgbarrier_task SET due_at = clock_timestamp() + make_interval(secs => 
  WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued'
 """
 
-#: Among the messages that are due first, those sent (or seen in a worker's hands) long enough ago
-#: for a queue that is empty to have lost them.  What was sent since is not looked at; a backlog of
-#: another queue hides no more than its oldest ``scan`` rows.
-MESSAGES_OUT = """
-SELECT id, queue FROM (
-    SELECT id, queue, due_at, publications, published_at FROM {s}pgbarrier_task
-     WHERE due_at IS NOT NULL AND state = 'queued' ORDER BY due_at LIMIT :scan) AS first
- WHERE published_at IS NOT NULL
-   AND due_at < clock_timestamp() + make_interval(secs =>
-            :after * power(2, LEAST(GREATEST(publications - 1, 0), 12))
-            - :early * power(2, LEAST(publications, 13)))
+#: The messages that are due first, of all queues: of another queue's backlog ``scan`` rows at most
+#: are looked through.  Those that were sent, or seen in a worker's hands, so long ago that a queue
+#: which is empty has lost them.
+_OUT = """
+    SELECT id, queue, due_at FROM (
+        SELECT id, queue, due_at, publications, published_at FROM {s}pgbarrier_task
+         WHERE due_at IS NOT NULL AND state = 'queued' ORDER BY due_at LIMIT :scan) AS first
+     WHERE published_at IS NOT NULL
+       AND due_at < clock_timestamp() + make_interval(secs =>
+                :after * power(2, LEAST(GREATEST(publications - 1, 0), 12))
+                - :early * power(2, LEAST(publications, 13)))
 """
 
-#: Lock messages that still wait as they did when they were found, to publish them again.
-MESSAGES_LOST = """
-SELECT id FROM {s}pgbarrier_task
- WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued' AND published_at IS NOT NULL
-   AND due_at < clock_timestamp() + make_interval(secs =>
-            :after * power(2, LEAST(GREATEST(publications - 1, 0), 12))
-            - :early * power(2, LEAST(publications, 13)))
- ORDER BY published_at FOR UPDATE SKIP LOCKED
+QUEUES_OUT = "SELECT DISTINCT queue FROM (" + _OUT + ") AS messages"
+
+#: Lock messages of queues that are empty, to publish them again.
+MESSAGES_LOST = (
+    """
+SELECT t.id FROM {s}pgbarrier_task t JOIN ("""
+    + _OUT
+    + """ AND queue = ANY(CAST(:queues AS text[])) ORDER BY due_at LIMIT :limit) AS lost
+    ON lost.id = t.id AND lost.due_at = t.due_at
+ WHERE t.state = 'queued' ORDER BY t.due_at FOR UPDATE OF t SKIP LOCKED
 """
+)
 
 #: A worker has these messages in its hands, behind tasks that take long: they are not lost.
 MESSAGES_HELD = """
