@@ -76,6 +76,17 @@ def test_bulk_sends_what_kombu_sends(brokered: Celery, each_broker: Broker) -> N
     assert many == one_by_one
 
 
+def test_each_broker_has_its_fast_way(brokered: Celery, each_broker: Broker) -> None:
+    """Frames for RabbitMQ; for Redis kombu's batches, where this kombu has them."""
+    dispatch.publish(brokered, [("first", envelope(each_broker.queue))])
+    with brokered.producer_pool.acquire(block=True) as producer, bulk.sender(producer) as sender:
+        kind = type(sender).__name__
+    if each_broker.url.startswith("redis"):
+        assert kind == ("_Batched" if hasattr(producer, "batch") else "_Single")
+    else:
+        assert kind == "_Frames"
+
+
 def test_messages_keep_their_order(brokered: Celery, each_broker: Broker) -> None:
     messages = envelopes(each_broker.queue)
     taken = dispatch.publish(brokered, [(m.headers["id"], m) for m in messages])
