@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: test test-pgbouncer demo bench lint wheel-smoke conformance chaos clean help
+.PHONY: test test-pgbouncer demo bench lint wheel-smoke conformance differential chaos clean help
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint         ruff, mypy --strict, import-linter"
 	@echo "make wheel-smoke  build the wheel, install it elsewhere, use it"
 	@echo "make conformance  Celery's own integration suites on its backends and on ours; VERSIONS= BROKERS= BACKENDS= FILES="
+	@echo "make differential random canvases on Celery's Redis backend and on ours, then all named ones in every pool; CANVASES= SEED="
 	@echo "make chaos        the crash campaign; SEED= SCENARIO= BACKEND=ours|redis|database|all CHAOS_ARGS='--chords 24 --list'"
 	@echo "make clean        remove the environment and all caches"
 
@@ -55,6 +56,11 @@ wheel-smoke: $(VENV)/.lint
 conformance: $(VENV)/.test
 	$(BIN)/python -m tests.conformance $(if $(VERSIONS),--versions='$(VERSIONS)') $(if $(BROKERS),--brokers='$(BROKERS)') \
 		$(if $(BACKENDS),--backends='$(BACKENDS)') $(if $(FILES),--files='$(FILES)') $(CONFORMANCE_ARGS)
+	$(if $(VERSIONS)$(BROKERS)$(BACKENDS)$(FILES)$(CONFORMANCE_ARGS),,$(MAKE) differential)
+
+differential: $(VENV)/.test
+	PGBARRIER_TEST_CANVASES=$(or $(CANVASES),3300) PGBARRIER_TEST_SEED=$(or $(SEED),11) $(BIN)/python -m pytest -s tests/differential
+	PGBARRIER_TEST_LONG=1 $(BIN)/python -m pytest tests/acceptance/test_canvases.py tests/cluster
 
 # A failure is replayed by its seed and scenario: make chaos SEED=7 SCENARIO='mixture 3'
 chaos: $(VENV)/.test
