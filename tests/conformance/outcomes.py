@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 PASSED = ("passed", "flaky", "xpassed")
-FAILED = ("failed",)
+TO_RERUN = ("failed", "not reached")
 #: "flaky" is a test that failed, and passed when it was run again, once, by itself.
-OUTCOMES = ("passed", "flaky", "xpassed", "failed", "xfailed", "skipped", "left out")
+OUTCOMES = (
+    "passed", "flaky", "xpassed", "failed", "not reached", "xfailed", "skipped", "left out",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,28 @@ class Outcome:
         return ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts.get(o)) or "no tests"
 
     def to_rerun(self) -> list[str]:
-        """Return the tests that failed."""
-        return [name for name, test in self.tests.items() if test.outcome == "failed"]
+        """Return the tests that failed, and those before which the run ended."""
+        return [name for name, test in self.tests.items() if test.outcome in TO_RERUN]
 
     def after_rerun(self, again: Outcome) -> None:
         """Take the second chance of failed tests into account."""
         for name, test in again.tests.items():
-            first = self.tests[name]
-            if first.outcome == "failed" and test.passed:
+            first = self.tests.get(name)
+            if first is None or first.outcome == "not reached":
+                self.tests[name] = test
+            elif first.outcome == "failed" and test.passed:
                 self.tests[name] = Verdict("flaky", first.reason, test.seconds)
 
 
 def read_report(path: Path) -> dict[str, Verdict]:
-    """Read what the plugin reported; tests that it expected and did not finish failed."""
+    """Read what the plugin reported; a test that was started and did not end has failed."""
     tests: dict[str, Verdict] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         entry = json.loads(line)
         if entry["kind"] == "expected":
-            tests[entry["test"]] = Verdict(
-                "failed", "it hung, or was not reached before the deadline"
-            )
+            tests[entry["test"]] = Verdict("not reached", "the run ended before it")
+        elif entry["kind"] == "started":
+            tests[entry["test"]] = Verdict("failed", "it hung, or ended the run")
         else:
             tests[entry["test"]] = Verdict(entry["outcome"], entry["reason"], entry["seconds"])
     return tests

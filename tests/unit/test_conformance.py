@@ -25,7 +25,10 @@ def test_a_test_without_an_end_failed(tmp_path: Path) -> None:
     lines = [
         {"kind": "expected", "test": "ended"},
         {"kind": "expected", "test": "hung"},
+        {"kind": "expected", "test": "never begun"},
+        {"kind": "started", "test": "ended"},
         {"kind": "finished", "test": "ended", "outcome": "passed", "reason": "", "seconds": 1.0},
+        {"kind": "started", "test": "hung"},
     ]
     path = tmp_path / "report"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -35,15 +38,16 @@ def test_a_test_without_an_end_failed(tmp_path: Path) -> None:
     assert found["ended"].outcome == "passed"
     assert found["hung"].outcome == "failed"
     assert "hung" in found["hung"].reason
+    assert found["never begun"].outcome == "not reached"
 
 
 def test_a_second_chance_is_told_from_a_pass() -> None:
-    first = outcome("pgbarrier", a="failed", b="failed", c="passed")
-    assert first.to_rerun() == ["a", "b"]
+    first = outcome("pgbarrier", a="failed", b="failed", c="passed", d="not reached")
+    assert first.to_rerun() == ["a", "b", "d"]
 
-    first.after_rerun(outcome("pgbarrier", a="passed", b="failed"))
+    first.after_rerun(outcome("pgbarrier", a="passed", b="failed", d="passed"))
 
-    assert first.counts() == {"flaky": 1, "failed": 1, "passed": 1}
+    assert first.counts() == {"flaky": 1, "failed": 1, "passed": 2}
 
 
 def test_what_passes_on_redis_only_is_named() -> None:

@@ -16,10 +16,12 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 ORDERS = json.loads(Path(os.environ["PGBARRIER_CONFORMANCE"]).read_text())
 #: Files with tests that use the suite's worker without asking for it, as one before them has.
@@ -28,6 +30,24 @@ WORKER = "celery_session_worker"
 UNKNOWN = {"outcome": "skipped", "reason": "", "seconds": 0.0}
 
 _reports: dict[str, dict[str, Any]] = {}
+
+
+def _let_redis_clients_wait() -> None:
+    """Take the default time limit of newer Redis clients away.
+
+    The tests of Celery 5.5 and 5.6 wait longer than that for a key. Celery's clients set their own.
+    """
+    make = redis.Redis.__init__
+
+    @wraps(make)
+    def patient(self: Any, *arguments: Any, **options: Any) -> None:
+        options.setdefault("socket_timeout", None)
+        make(self, *arguments, **options)
+
+    redis.Redis.__init__ = patient  # type: ignore[method-assign]
+
+
+_let_redis_clients_wait()
 
 
 class LikeRedis(str):
@@ -103,6 +123,11 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
     elif report.failed:
         reason = _last_line(report.longreprtext)
         _write("finished", report.nodeid, outcome="failed", reason=reason, seconds=0.0)
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Write which test is being run."""
+    _write("started", nodeid)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
