@@ -10,7 +10,7 @@ from tests.chaos.scenarios import HITS, MIXTURE, Scenario
 from tests.chaos.tickets import Ticket
 
 #: How long a member takes where it is to be disturbed at a random moment, seconds.
-SECONDS = 0.1
+SECONDS = 0.4
 #: Seconds to the next deed.
 SPACING = {
     "child": 0.3, "producer": 0.0, "worker": 2.0, "parent": 2.0, "pause": 2.0, "broker": 1.5,

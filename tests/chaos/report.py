@@ -1,15 +1,17 @@
-"""The table of a campaign, as Markdown."""
+"""The table of a campaign, as Markdown; of several by ``python -m tests.chaos.report FILE...``."""
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tests.chaos.checker import Result
 from tests.chaos.kinds import BOUND, KINDS
+from tests.chaos.scenarios import SCENARIOS
 
 COLUMNS = (
     "scenario", "chords", "hits", "lost", "doubled", "wrong", "effects twice",
@@ -86,3 +88,18 @@ def save(results: Sequence[Result], folder: Path) -> None:
     """Write ``report.md``, and ``report.json`` with every detail."""
     (folder / "report.md").write_text(table(results))
     (folder / "report.json").write_text(json.dumps([asdict(r) for r in results], indent=1))
+
+
+def load(paths: Iterable[str]) -> list[Result]:
+    """The results of saved reports, those of one scenario added up."""
+    together: dict[tuple[str, str], list[Result]] = {}
+    for path in paths:
+        for values in json.loads(Path(path).read_text()):
+            result = Result(**values)
+            together.setdefault((result.backend, result.scenario), []).append(result)
+    return [replace(total(some), scenario=name) for (_, name), some in together.items()]
+
+
+if __name__ == "__main__":
+    order = list(SCENARIOS)
+    print(table(sorted(load(sys.argv[1:]), key=lambda result: order.index(result.scenario))))
