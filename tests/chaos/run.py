@@ -15,7 +15,7 @@ from tests.chaos.stage import Stage, chance
 from tests.chaos.victims import Victims
 
 #: No scenario takes longer than this, seconds.
-DEADLINE = 240.0
+DEADLINE = 900.0
 
 #: How often the ledger is asked whether all is over, seconds.
 LOOK = 0.5

@@ -78,7 +78,7 @@ class Stage:
         for process in self.processes:
             self.start(process)
         for process in self.processes:
-            process.wait_ready(90)
+            process.wait_ready(300)
         return self
 
     def __exit__(
