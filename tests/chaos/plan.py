@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from tests.chaos.chords import Chord
-from tests.chaos.scenarios import HITS, MIXTURE, Scenario
+from tests.chaos.scenarios import BODY, DISPATCH, HITS, MIXTURE, RUN, VICTIMS, Scenario
 from tests.chaos.tickets import Ticket
 
 #: How long a member takes where it is to be disturbed at a random moment, seconds.
@@ -48,8 +48,10 @@ def chords(
     for number in range(count):
         label = f"chord-{number}"
         ticket, waits = None, ""
+        where = ""
         if number in carriers:
-            ticket = Ticket(scenario.point, scenario.victim, str(folder / label))
+            point, victim, where = carriers[number]
+            ticket = Ticket(point, victim, str(folder / label))
             waits = ticket.gate
         elif gated(scenario):
             waits = str(gate(folder, number * len(scenario.acts) // count))
@@ -59,22 +61,36 @@ def chords(
                 chance.randint(2, 6),
                 seconds=SECONDS if deeds else 0.0,
                 ticket=ticket,
-                where=scenario.where if ticket else "",
+                where=where,
                 ends=scenario.ends if number in ending else "fail" if number in mixed_ends else "",
-                pause=seconds / count if deeds or not ticket else SPACING[scenario.victim],
+                pause=seconds / count if deeds or not ticket else SPACING[ticket.victim],
                 gate=waits,
             )
         )
     return found
 
 
-def _carriers(scenario: Scenario, count: int, chance: random.Random) -> set[int]:
+def _carriers(
+    scenario: Scenario, count: int, chance: random.Random
+) -> dict[int, tuple[str, str, str]]:
+    """Point, victim and carrier of each chord's fault."""
+    if scenario.where == "any":
+        drawn = ((number, _anywhere(chance)) for number in range(count))
+        return {number: fault for number, fault in drawn if fault[1]}
     if not scenario.point:
-        return set()
+        return {}
     hits = HITS[scenario.victim]
-    if not hits:
-        return set(range(count))
-    return set(chance.sample(range(count), max(1, min(hits, count // 8))))
+    numbers = range(count)
+    chosen = chance.sample(numbers, max(1, min(hits, count // 8))) if hits else numbers
+    return dict.fromkeys(chosen, (scenario.point, scenario.victim, scenario.where))
+
+
+def _anywhere(chance: random.Random) -> tuple[str, str, str]:
+    victim = chance.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+    if victim == "producer" or (victim in ("broker", "database") and chance.random() < 0.5):
+        return chance.choice(DISPATCH), victim, "dispatch"
+    point = chance.choice(RUN)
+    return point, victim, "body" if point in BODY and chance.random() < 0.3 else "member"
 
 
 def acts(scenario: Scenario, chance: random.Random) -> list[tuple[float, str]]:

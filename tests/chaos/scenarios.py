@@ -18,6 +18,14 @@ MIXTURE = {
 }  # fmt: skip
 MIXTURES = 8
 
+#: How many scenarios hit each chord at a point of its own, and whom, with the weight of each.
+ANYWHERE = 4
+VICTIMS = {"child": 60, "producer": 12, "": 20, "worker": 2, "pause": 1, "broker": 2, "database": 3}
+DISPATCH = tuple(name for name in POINTS if name.startswith("dispatch."))
+RUN = tuple(name for name in POINTS if not name.startswith(("dispatch.", "reap.")))
+#: Points at which a body is hit too.
+BODY = ("claim.granted", "body.returned")
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -26,7 +34,7 @@ class Scenario:
     :param does: what happens, for the reader.
     :param point: the fault point of the chords' tickets, where there are any.
     :param victim: what is hit there.
-    :param where: who carries them: ``member``, ``body`` or ``dispatch``.
+    :param where: who carries them: ``member``, ``body``, ``dispatch``, ``any``.
     :param process: a point and a victim that processes carry: the worker's parent, a reaper.
     :param acts: what is done at random moments.
     :param ends: how a quarter of the chords ends: ``fail`` or ``die``.
@@ -54,14 +62,13 @@ def _dispatching() -> list[Scenario]:
         Scenario(
             f"{point}:{victim}", f"{POINTS[point]}: the {victim} dies", point, victim, "dispatch"
         )
-        for point in ("dispatch.captured", "dispatch.committed", "dispatch.half-published")
+        for point in DISPATCH
         for victim in ("producer", "broker", "database")
     ]
 
 
 def _running() -> list[Scenario]:
     """The pool process of a chord's last member passes a point; or that of its body."""
-    points = [name for name in POINTS if not name.startswith(("dispatch.", "reap."))]
     names = {"child": "pool process", "pause": "worker, stopped beyond its lease,"}
     found = [
         Scenario(
@@ -71,7 +78,7 @@ def _running() -> list[Scenario]:
             victim,
             "member",
         )
-        for point in points
+        for point in RUN
         for victim in ("child", "worker", "broker", "database", "pause")
     ]
     bodies = [
@@ -82,7 +89,7 @@ def _running() -> list[Scenario]:
             victim,
             "body",
         )
-        for point in ("claim.granted", "body.returned")
+        for point in BODY
         for victim in ("child", "worker")
     ]
     return found + bodies
@@ -151,6 +158,14 @@ def _disturbed() -> list[Scenario]:
     ]  # fmt: skip
 
 
+def _everywhere() -> list[Scenario]:
+    """Every chord draws its own point and victim; worth many chords."""
+    return [
+        Scenario(f"any point {n}", "each chord is hit at a point of its own", where="any")
+        for n in range(1, ANYWHERE + 1)
+    ]
+
+
 def _mixed() -> list[Scenario]:
     """Seeded mixtures of everything."""
     return [
@@ -161,5 +176,12 @@ def _mixed() -> list[Scenario]:
 
 SCENARIOS = {
     scenario.name: scenario
-    for scenario in [*_dispatching(), *_running(), *_reaping(), *_disturbed(), *_mixed()]
+    for scenario in [
+        *_dispatching(),
+        *_running(),
+        *_reaping(),
+        *_disturbed(),
+        *_everywhere(),
+        *_mixed(),
+    ]
 }
