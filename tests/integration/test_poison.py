@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from celery_pgbarrier import (
 )
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.cli import pgbarrier
+from celery_pgbarrier.unit import Poison
 from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker
 from tests.support.tables import Tables
 from tests.support.tasks import add, hooked, identity, noted, noted_error, notes, xsum
+from tests.support.waiting import wait_until
 
 Hook = Callable[[str], Callable[[Callable[..., Any]], Callable[..., Any]]]
 MakeWorker = Callable[..., InlineWorker]
@@ -112,6 +115,34 @@ def test_a_poison_member_is_kept_announced_and_listed(
     assert shown.exit_code == 0
     assert bad in shown.output
     assert "chord failed" in shown.output
+
+
+def test_monitors_are_told_by_the_event_of_a_failed_task(
+    app: Celery, backend: BarrierBackend
+) -> None:
+    seen: list[dict[str, Any]] = []
+    receivers: list[Any] = []
+
+    def listen() -> None:
+        with app.connection_for_read() as connection:
+            receiver = app.events.Receiver(connection, handlers={"task-failed": hear})
+            receivers.append(receiver)
+            receiver.capture(limit=None, timeout=60, wakeup=False)
+
+    def hear(event: dict[str, Any]) -> None:
+        seen.append(event)
+        receivers[0].should_stop = True
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+
+    def heard() -> bool:  # what is sent before Redis knows of the listener is sent to nobody
+        poison.announce(backend, Poison("some-id", "some.task", "it is deadly"))
+        return bool(seen)
+
+    wait_until(heard, 60, "the event arrives")
+    listener.join(60)
+    assert (seen[0]["uuid"], seen[0]["exception"]) == ("some-id", "it is deadly")
 
 
 def test_a_member_put_back_in_time_completes_its_chord(
