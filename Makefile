@@ -32,7 +32,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
 # What cuts the server's own connections is left out: PgBouncer's clients do not feel it.
-POOLED := test_canvases test_counting test_dispatch test_hazard_03_blips test_hazards_claims test_hazards_leases \
+POOLED := test_canvases test_counting test_dispatch test_effects test_hazard_03_blips test_hazards_claims test_hazards_leases \
 	test_hazards_outbox test_poison test_repair
 
 test-pgbouncer: $(VENV)/.test

@@ -81,16 +81,17 @@ def connect(django: SimpleNamespace) -> Iterator[Callable[..., None]]:
         del django.connections[alias]
 
 
-@pytest.fixture(params=[False, True], ids=["client-side binding", "server-side binding"])
+@pytest.fixture
 def model(
     django: SimpleNamespace, connect: Callable[..., None], database_url: str,
     request: pytest.FixtureRequest,
 ) -> Any:  # fmt: skip
     """A model in the database of the result backend."""
-    connect("default", database_url, server_side_binding=request.param)
+    connect("default", database_url, server_side_binding=getattr(request, "param", False))
     return django.Charge
 
 
+@pytest.mark.parametrize("model", [False, True], indirect=True, ids=["client", "server-side"])
 def test_writes_messages_and_value_are_committed_once(
     worker: InlineWorker, hook: Hook, charges: Charges, model: Any, tables: Tables, tmp_path: Path
 ) -> None:

@@ -29,10 +29,12 @@ def database_url(emptied_database_url: str) -> str:
     return emptied_database_url
 
 
-@pytest.fixture(params=["psycopg2", "psycopg"])
+@pytest.fixture
 def engine(database_url: str, request: pytest.FixtureRequest) -> Iterator[Engine]:
     """The user's own engine, on the database of the result backend."""
-    made = create_engine(databases.with_driver(database_url, request.param), pool_size=1)
+    made = create_engine(
+        databases.with_driver(database_url, getattr(request, "param", "psycopg2")), pool_size=1
+    )
     yield made
     assert made.pool.checkedout() == 0  # type: ignore[attr-defined]
     made.dispose()
@@ -91,6 +93,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.parametrize("engine", ["psycopg2", "psycopg"], indirect=True)
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 def test_a_place_of_the_users(
     engine: Engine, worker: InlineWorker, hook: Hook, charges: Charges, tmp_path: Any,
