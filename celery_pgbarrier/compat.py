@@ -10,6 +10,7 @@ Checked against Celery 5.5.3, 5.6.3 and 5.7.0:
   wrapped for the one chord call during which the backend, and with it this package, is loaded.
 - ``kombu.transport.virtual.Channel._size``: how many messages wait in a queue of a transport like
   Redis; its public passive declaration leaves out ``global_keyprefix`` (kombu 5.5 to 5.6).
+- ``Request._request_dict``: the headers of the message of a request, in a worker's parent.
 - ``Task.request_stack``/``celery.current_task``: the request of the task that runs in this thread.
 """
 
@@ -65,6 +66,11 @@ def _runs_inline(backend: Any, errback: Any) -> bool:
     if counter is not None:
         return bool(counter(errback, 1))
     return bool(arity_greater(header, 1))
+
+
+def request_header(request: Any, name: str) -> Any:
+    """Return a header of the message that a worker's request was made of, None without it."""
+    return request._request_dict.get(name)
 
 
 def queue_depth(channel: Any, name: str) -> int:

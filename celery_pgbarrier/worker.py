@@ -12,7 +12,7 @@ from celery import Celery, bootsteps
 from celery.signals import worker_init, worker_shutdown
 from celery.worker import state as worker_state
 
-from celery_pgbarrier import lease, reaper
+from celery_pgbarrier import compat, lease, reaper
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.unit import STAMP, Stamp
 
@@ -135,7 +135,7 @@ def hold(host: Any, before: set[tuple[str, str, int]]) -> set[tuple[str, str, in
     """
     waiting = set()
     for request in _snapshot(worker_state.reserved_requests, worker_state.active_requests):
-        stamp = Stamp.of(request.id, request._request_dict.get(STAMP))
+        stamp = Stamp.of(request.id, compat.request_header(request, STAMP))
         if stamp.recorded:
             waiting.add((request.id, stamp.call, stamp.seq))
     kept = sorted(waiting & before)
