@@ -19,7 +19,7 @@ from celery_pgbarrier.errors import PgBarrierError
 #: The shortest pause between looks, which is the unit of the grid (seconds).
 FIRST_PAUSE = 0.002
 #: A pause is at least this part of the time that was waited for so far,
-_OF_AGE = 0.25
+_OF_AGE = 0.125
 #: and at least this many times what the last look took.
 _OF_LOOK = 4.0
 

@@ -206,7 +206,7 @@ def test_threads_that_wait_share_their_polls(
         assert all(wait.result(timeout=60) for wait in waits)
     shared = [said for said in wire.said if said.count("nobody-") > 1]
     assert max(said.count("nobody-") for said in shared) > 30
-    assert len(wire.said) < 60 * 10, "a thread alone asks 20 times in a second"
+    assert len(wire.said) < 60 * 10, "a thread alone asks 40 times in a second"
 
 
 def waits_in_vain(app: Celery, task_id: str, timeout: float) -> bool:

@@ -21,7 +21,7 @@ def soon() -> int:
 
 
 def test_pauses_grow_with_the_wait_up_to_the_interval() -> None:
-    pauses = [pause(age, 0.0, 0.5) for age in (0, 0.004, 0.02, 0.1, 1, 2, 100)]
+    pauses = [pause(age, 0.0, 0.5) for age in (0, 0.008, 0.04, 0.2, 2, 4, 100)]
     assert pauses == [FIRST_PAUSE, FIRST_PAUSE, 0.005, 0.025, 0.25, 0.5, 0.5]
 
 
