@@ -50,7 +50,9 @@ class Results(BaseBackend):  # type: ignore[misc]
         if "poolclass" not in options:
             options.update(pool_size=1, max_overflow=1)
         url, settings = self._database.url, self._settings
-        backend._database = Database(url, settings.schema, settings.auto_migrate, options)
+        backend._database = Database(
+            url, settings.schema, settings.auto_migrate, options, _idle_timeout(settings)
+        )
         backend._looks = Looks()
         return backend
 
@@ -270,10 +272,23 @@ class Results(BaseBackend):  # type: ignore[misc]
 def _database(app: Celery, url: str, settings: Settings) -> Database:
     """Return the process's one database for a URL; backends are made per thread."""
     options = _engine_options(app)
-    key = (url, settings.schema, settings.auto_migrate, repr(sorted(options.items())))
+    key = (
+        url,
+        settings.schema,
+        settings.auto_migrate,
+        settings.lease,
+        repr(sorted(options.items())),
+    )
     if key not in _databases:
-        _databases[key] = Database(parse_url(url), settings.schema, settings.auto_migrate, options)
+        _databases[key] = Database(
+            parse_url(url), settings.schema, settings.auto_migrate, options, _idle_timeout(settings)
+        )
     return _databases[key]
+
+
+def _idle_timeout(settings: Settings) -> float:
+    """Return how long a transaction may pause: a lease, but not less than making a body takes."""
+    return max(settings.lease, 10.0)
 
 
 def _engine_options(app: Celery) -> dict[str, Any]:

@@ -149,15 +149,20 @@ class Database:
         schema: the schema of the tables, None for the search path's first.
         auto_migrate: whether missing or old tables are brought up to date at first use.
         engine_options: keyword arguments of :func:`sqlalchemy.create_engine`.
+        idle_timeout: seconds for which a transaction may stand idle before the server ends it, so
+            that a process that is paused within one does not keep its locks.
     """
 
     url: URL
     schema: str | None = None
     auto_migrate: bool = True
     engine_options: Mapping[str, Any] = field(default_factory=dict)
+    idle_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         self.sql = Statements(self.schema)
+        limit = f"idle_in_transaction_session_timeout = {max(1, round(self.idle_timeout * 1000))}"
+        self._begin = f"BEGIN; SET LOCAL {limit}"  # one round trip
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._pid = 0
@@ -252,7 +257,7 @@ class Database:
         def attempt(committing: Callable[[], None]) -> T:
             with self.engine().connect() as connection:
                 try:
-                    connection.exec_driver_sql("BEGIN")
+                    connection.exec_driver_sql(self._begin)
                     result = work(connection)
                     committing()
                     connection.exec_driver_sql("COMMIT")

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 from celery import Celery, chord
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 from celery_pgbarrier.embedded import EmbeddedPostgres
 from celery_pgbarrier.store import schema
+from celery_pgbarrier.store.database import Database
 from tests.support import databases
 from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker, workers
@@ -329,3 +330,33 @@ def test_a_failover_to_a_synchronous_replica_loses_and_repeats_nothing(
             assert tables.count("task", "state <> 'done' OR crashes > 0") == 0
             assert tables.count("slot", "remaining <> 0") == 0
             app.backend.database.dispose()
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_a_process_that_is_paused_within_a_transaction_does_not_keep_its_locks(
+    database_url: str, driver: str
+) -> None:
+    """The server ends the transaction, and the work is done again when the process goes on."""
+    lock = text("SELECT id FROM pgbarrier_reaper WHERE id = 1 FOR UPDATE")
+    url = make_url(databases.with_driver(database_url, driver))
+    paused, other = Database(url, idle_timeout=0.2), Database(url)
+    locked, go_on = threading.Event(), threading.Event()
+    passes: list[int] = []
+
+    def work(connection: Connection) -> int:
+        passes.append(1)
+        connection.execute(lock)
+        locked.set()
+        assert go_on.wait(30)
+        return int(connection.execute(lock).scalar_one())
+
+    with ThreadPoolExecutor(1) as threads:
+        held = threads.submit(paused.transaction, work, 10.0)
+        assert locked.wait(30)
+        assert other.transaction(lambda connection: connection.execute(lock).scalar_one()) == 1
+        assert not held.done()
+        go_on.set()
+        assert held.result(30) == 1
+    assert len(passes) == 2
+    paused.dispose()
+    other.dispose()
