@@ -35,7 +35,8 @@ def work(self: celery.Task, *args: Any, label: list[Any], does: str, by: Any = N
     return [name, *args]
 
 
-def link(value: Any, label: list[Any]) -> None:
+def link(value: Any = None, *, label: list[Any]) -> None:
+    """Tell what it gets; a group links it to its first task, without that one's result."""
     tell(label, "gets", value)
 
 

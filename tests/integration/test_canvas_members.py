@@ -165,6 +165,15 @@ def test_a_replacement_that_is_a_chord_with_a_group_body(world: World) -> None:
         assert result.state == "PENDING"
 
 
+def test_a_link_that_cannot_be_sent(world: World) -> None:
+    """The task fails.  Ours then sends none of its links, Celery those before the bad one."""
+    links = [world.t.noted.s(str(world.path)), world.t.add.si()]
+    result = world.t.add.apply_async((1, 1), link=links)
+    world.worker.drain()
+    assert isinstance(result.result, TypeError)
+    assert notes(world.path) == ([] if world.kind == "claimed" else ["2"])
+
+
 # -- retries
 
 
