@@ -19,6 +19,8 @@ UNNAMED = "Celery does not name the member of a nested header that failed"
 TWICE = "Celery starts a step after a group body once for each member"
 
 
+#: What Celery starts anew for each task of a group that it follows.
+_CANVAS = ("chord", "chain", "group")
 #: What Celery says of a failure where the header's results are nested.
 _JOIN_ERROR = re.compile(r"Join error: ")
 
@@ -27,7 +29,7 @@ def verdict(canvas: Node, theirs: Seen, ours: Seen) -> str | None:
     """Return "agreed", the name of the defect that explains a difference, None for neither."""
     if theirs == ours:
         return AGREED
-    theirs = _named(theirs)
+    theirs = _named(theirs, ours)
     if theirs == ours:
         return UNNAMED
     if _stranded(canvas, theirs, ours):
@@ -37,18 +39,22 @@ def verdict(canvas: Node, theirs: Seen, ours: Seen) -> str | None:
     return None
 
 
-def _named(seen: Seen) -> Seen:
-    """Say as ours would that a member of a header failed."""
+def _named(theirs: Seen, ours: Seen) -> Seen:
+    """Say as ours does that a member failed: by its id, or to a group body its error."""
 
-    def named(outcome: Any) -> Any:
-        if isinstance(outcome, list):
-            return [named(part) for part in outcome]
-        if isinstance(outcome, str):
-            return _JOIN_ERROR.sub("Dependency <id> raised ", outcome)
-        return outcome
+    def named(outcome: Any, mine: Any) -> Any:
+        if isinstance(outcome, list) and isinstance(mine, list) and len(outcome) == len(mine):
+            return [named(a, b) for a, b in zip(outcome, mine, strict=True)]
+        if not isinstance(outcome, str) or not isinstance(mine, str):
+            return outcome
+        kind, _, text = mine.removeprefix("FAILURE ").partition(": ")
+        if outcome == f"FAILURE ChordError: Join error: {kind}({text!r})":
+            return mine
+        return _JOIN_ERROR.sub("Dependency <id> raised ", outcome)
 
-    parents = tuple(named(parent) for parent in seen.parents)
-    return replace(seen, outcome=named(seen.outcome), parents=parents)
+    outcomes = [theirs.outcome, *theirs.parents], [ours.outcome, *ours.parents]
+    outcome, *parents = named(*outcomes) if len(outcomes[0]) == len(outcomes[1]) else outcomes[0]
+    return replace(theirs, outcome=outcome, parents=tuple(parents))
 
 
 def _stranded(canvas: Node, theirs: Seen, ours: Seen) -> bool:
@@ -72,14 +78,15 @@ def _started_twice(canvas: Node, theirs: Seen, ours: Seen) -> bool:
     with the same ids.
     """
     follows = any(
-        before.kind != "group" and before.ends_in_group() and after.kind in ("chord", "chain")
+        part.ends_in_group() and (at or part.kind != "group") and after.kind in _CANVAS
         for node in canvas.walk()
         if node.kind == "chain"
-        for before, after in itertools.pairwise(node.parts)
+        for at, (part, after) in enumerate(itertools.pairwise(node.parts))
     )
     pairs = _pairs([theirs.outcome, *theirs.parents], [ours.outcome, *ours.parents])
-    refused = [b for a, b in pairs if a != b]
-    return follows and bool(refused) and all("DispatchConflict" in str(b) for b in refused)
+    refused = all("DispatchConflict" in str(b) for a, b in pairs if a != b)
+    ran_more = any(" runs, " in line for line in theirs.told - ours.told)
+    return follows and refused and ran_more
 
 
 def _pairs(theirs: Any, ours: Any) -> Iterator[tuple[Any, Any]]:

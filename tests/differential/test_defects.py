@@ -77,6 +77,18 @@ def test_celery_starts_a_chord_after_a_group_body_once_for_each_task(make_sides:
             assert ours.left_open() == []
 
 
+def test_celery_starts_a_group_after_a_group_once_for_each_task(make_sides: MakeSides) -> None:
+    """Inside of a group; ours fails the tasks of the middle group that come second."""
+    canvas = group(chain(group(OK, OK), group(OK, OK), group(OK, OK)), OK)
+    with make_sides("redis", "claimed") as (redis, ours):
+        theirs, seen = redis.run(canvas), ours.run(canvas)
+        assert max(theirs.told.values()) == 2
+        assert max(seen.told.values()) == 1
+        assert seen.outcome == theirs.outcome
+        assert verdict(canvas, theirs, seen) == TWICE
+        assert ours.left_open() == []
+
+
 def test_celery_does_not_name_the_member_of_a_nested_header_that_failed(
     make_sides: MakeSides,
 ) -> None:
@@ -87,6 +99,13 @@ def test_celery_does_not_name_the_member_of_a_nested_header_that_failed(
         for ours in both:
             seen = ours.run(canvas)
             assert seen.outcome == "FAILURE ChordError: Dependency <id> raised ValueError('task1')"
+            assert verdict(canvas, theirs, seen) == UNNAMED
+        canvas = chord(chain(OK, group(FAIL, OK)), group(OK))
+        theirs = redis.run(canvas)
+        assert theirs.outcome == ["FAILURE ChordError: Join error: ValueError('task1')"]
+        for ours in both:
+            seen = ours.run(canvas)
+            assert seen.outcome == ["FAILURE ValueError: task1"]
             assert verdict(canvas, theirs, seen) == UNNAMED
 
 
