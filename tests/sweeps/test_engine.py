@@ -151,6 +151,22 @@ def test_size_is_never_below_one() -> None:
     assert size.now == 1
 
 
+#: Notes how many rows each statement deletes, and in which transaction.
+DELETED = (
+    "CREATE TABLE batch (at serial, xid text DEFAULT pg_current_xact_id(), deleted bigint)",
+    """
+    CREATE FUNCTION note_batch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO batch (deleted) SELECT count(*) FROM gone HAVING count(*) > 0;
+        RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE TRIGGER note_batch AFTER DELETE ON pgbarrier_task REFERENCING OLD TABLE AS gone
+        FOR EACH STATEMENT EXECUTE FUNCTION note_batch()
+    """,
+)
+
+
 def test_cleanup_of_our_own_results_uses_the_loop(app: Celery, database_url: str) -> None:
     tables = Tables(database_url)
     app.conf.pgbarrier_batch_size = 100
@@ -163,14 +179,10 @@ def test_cleanup_of_our_own_results_uses_the_loop(app: Celery, database_url: str
         INSERT INTO pgbarrier_task (id, state, expires_at)
         VALUES ('young', 'done', now() + interval '1 day'), ('live', 'queued', NULL)
     """)
-    transactions: list[int] = []
-    sa.event.listen(
-        backend.database.engine(),
-        "after_cursor_execute",
-        lambda conn, cursor, statement, *_: (
-            transactions.append(cursor.rowcount) if "DELETE FROM pgbarrier_task" in statement else 0
-        ),
-    )
+    for statement in DELETED:
+        tables.ask(statement)
     backend.cleanup()
-    assert transactions[:3] == [100, 100, 50]
+    batches = tables.ask("SELECT deleted FROM batch ORDER BY at")
+    assert [row.deleted for row in batches] == [100, 100, 50]
+    assert tables.ask("SELECT count(DISTINCT xid) FROM batch")[0][0] == 3
     assert {row.id for row in tables.ask("SELECT id FROM pgbarrier_task")} == {"young", "live"}
