@@ -6,9 +6,8 @@ Each step is one transaction; what it records is published after it.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,35 +21,23 @@ from celery_pgbarrier.errors import (
     DispatchUnknown,
 )
 from celery_pgbarrier.reference import Page
-from celery_pgbarrier.store import sql, tasks
+from celery_pgbarrier.store import sql
 from celery_pgbarrier.store.database import Database
 from celery_pgbarrier.unit import (
-    Barrier,
     Fence,
-    HandOver,
     Host,
     Outcome,
-    Stamp,
     Unit,
-    all_ids,
+)
+from celery_pgbarrier.writing import (
+    Committed,
+    Refused,
+    outcome_parameters,
+    outcome_statements,
+    write,
 )
 
 logger = logging.getLogger(__name__)
-
-#: What publishing one message may take before the reaper helps (seconds). Whole calls of 1,000
-#: members, recording included, took 1.0 to 1.5 ms a member.
-_PER_MESSAGE = 0.002
-
-
-class Refused(Exception):
-    """The primary write of a unit was refused by its fence; the transaction is rolled back."""
-
-
-@dataclass
-class Committed:
-    """What a committed unit leaves to do: barriers to release."""
-
-    ready: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,190 +70,6 @@ class Releasing(Host, Protocol):
         ...
 
 
-# -- writing a unit
-
-
-def _outcome_parameters(host: Host, outcome: Outcome) -> dict[str, Any]:
-    fence = outcome.fence
-    stamp = fence.stamp
-    return {
-        "id": outcome.task_id,
-        "status": outcome.status if outcome.visible else "PENDING",
-        "result": outcome.result,
-        "write_token": outcome.write_token,
-        "expires": host.keep,
-        "token": fence.token,
-        "barrier": fence.barrier,
-        "attempt": fence.attempt,
-        "worker": fence.worker,
-        "pid": fence.pid,
-        "call": stamp.call if stamp else None,
-        "seq": stamp.seq if stamp else 0,
-        "may_insert": not (stamp and stamp.recorded),
-    }
-
-
-def _outcome_statements(outcome: Outcome) -> tuple[str, ...]:
-    """Return what writes an outcome: the short statement of the usual case, then the long one."""
-    fence = outcome.fence
-    if fence.token is not None:
-        return (sql.FINISH_MEMBER if fence.barrier else sql.FINISH_ALONE), sql.FINISH
-    if fence.worker is not None:
-        return (sql.RECORD,)
-    return (sql.RECORD_ROW if fence.has_row else sql.RECORD_ALONE), sql.RECORD
-
-
-def _write_outcome(connection: Connection, host: Host, outcome: Outcome) -> tuple[bool, str | None]:
-    """Write an outcome; return whether it was accepted and the barrier that it completed."""
-    parameters = _outcome_parameters(host, outcome)
-    for statement in _outcome_statements(outcome):
-        row = connection.execute(host.database.sql[statement], parameters).first()
-        if row is not None:
-            return True, row.ready
-    return False, None
-
-
-def _write_hand_over(connection: Connection, host: Host, step: HandOver, unit: Unit) -> bool:
-    message = unit.message_of(step.task_id)
-    if message is not None:
-        message.stamp(step.stamp)
-    held = step.fence.stamp or step.stamp
-    parameters = {
-        "id": step.task_id,
-        "token": step.fence.token,
-        "attempt": step.fence.attempt,
-        "held_call": held.call,
-        "held_seq": held.seq,
-        "call": step.stamp.call,
-        "seq": step.stamp.seq,
-        "status": step.status,
-        "result": step.result,
-        "message": message.encoded if message else None,
-        "queue": message.queue if message else None,
-        "eta": message.eta if message else None,
-        "grace": host.settings.publish_grace,
-    }
-    return connection.execute(host.database.sql[sql.HAND_OVER], parameters).rowcount == 1
-
-
-def _write_primary(connection: Connection, host: Host, unit: Unit) -> str | None:
-    """Write what the unit stands or falls with; return the barrier that it completed."""
-    primary, ready = unit.primary, None
-    if isinstance(primary, Outcome):
-        accepted, ready = _write_outcome(connection, host, primary)
-    elif isinstance(primary, HandOver):
-        accepted = _write_hand_over(connection, host, primary, unit)
-    else:
-        accepted = True
-    if not accepted:
-        raise Refused
-    return ready
-
-
-def _places(unit: Unit) -> dict[str, tuple[str, int, int]]:
-    """Return the barrier, slot and position of each member that a unit's barriers wait for."""
-    places: dict[str, tuple[str, int, int]] = {}
-    for barrier in unit.barriers:
-        members = unit.members_of(barrier)
-        slots = tasks.slots_for(len(members))
-        for position, task_id in enumerate(members):
-            places[task_id] = (barrier.id, position % slots, position)
-    return places
-
-
-def _rows(unit: Unit) -> Iterator[tasks.Row]:
-    """Yield the rows of all messages and expected members of a unit."""
-    places = _places(unit)
-    own = unit.primary.task_id if isinstance(unit.primary, HandOver) else None
-    messages = {message.task_id: message for message in unit.messages}
-    for message in messages.values():
-        if message.task_id == own:  # its row is written with the claim's end
-            continue
-        barrier_id, slot, position = places.pop(message.task_id, (None, None, None))
-        yield tasks.Row(
-            message.task_id,
-            unit.call_of(message.task_id),
-            barrier_id,
-            slot,
-            position,
-            name=message.name,
-            queue=message.queue,
-            message=message.encoded,
-            eta=message.eta,
-            reads=message.reads,
-        )
-    for task_id, place in places.items():
-        yield tasks.Row(task_id, unit.call_of(task_id), *place)
-
-
-def _refuse_twice(barrier: Barrier, members: list[str]) -> None:
-    """Refuse a chord whose header holds an id twice."""
-    if len(set(members)) == len(members):
-        return
-    twice = next(task_id for task_id, n in Counter(members).items() if n > 1)
-    raise DispatchConflict(
-        f"the header of chord {barrier.id} holds task id {twice} twice: clone the signature "
-        "and give the clone an id of its own"
-    )
-
-
-def _open(connection: Connection, host: Host, unit: Unit, barrier: Barrier) -> str | None:
-    """Open a barrier; return its id where it is complete from the start (no members)."""
-    members = unit.members_of(barrier)
-    _refuse_twice(barrier, members)
-    body_ids = list(dict.fromkeys(all_ids(barrier.body_signature)))
-    body_calls = [unit.call_of(task_id) for task_id in body_ids]
-    call = unit.call_of(barrier.id)
-    new = tasks.New(
-        barrier.id, call, len(members), barrier.body, barrier.structure, body_ids, body_calls
-    )
-    opened, live = tasks.open_barrier(connection, host.database.sql, new)
-    if live is not None:
-        raise DispatchConflict(
-            f"task {live} of the body of chord {barrier.id} still runs for an earlier call: "
-            "clone the signature, or wait until it has finished"
-        )
-    if not opened:
-        raise DispatchConflict(
-            f"chord {barrier.id} is used again while its first run goes on: "
-            "clone the signature, or wait until the first run has finished"
-        )
-    return None if members else barrier.id
-
-
-def write(connection: Connection, host: Host, unit: Unit) -> Committed:
-    """Write a unit in the caller's transaction.
-
-    Lock order: own task, its slot, its barrier; other outcomes by task id; then new rows.  Members
-    are added before the own outcome can empty the slot that they go into.
-
-    Raises:
-        Refused: the primary write lost to its fence.
-        DispatchConflict: an id is in use by another call.
-    """
-    for addition in unit.additions:
-        connection.execute(
-            host.database.sql[sql.MEMBER_ADD],
-            {"id": addition.task_id, "barrier": addition.barrier, "adder": addition.adder},
-        )
-    if unit.poison is not None:
-        kept = {"id": unit.poison.task_id, "reason": unit.poison.reason, "expires": host.keep}
-        connection.execute(host.database.sql[sql.POISON_KEEP], kept)
-    ready = [_write_primary(connection, host, unit)]
-    for task_id, outcome in sorted(unit.outcomes.items()):
-        # A task of this id that another call is running has nothing to do with this unit.
-        outcome.fence = Fence(stamp=Stamp(unit.call_of(task_id)))
-        ready.append(_write_outcome(connection, host, outcome)[1])
-    ready += [_open(connection, host, unit, barrier) for barrier in unit.barriers]
-    grace = host.settings.publish_grace + _PER_MESSAGE * len(unit.events)
-    foreign = tasks.record(
-        connection, host.database.sql, _rows(unit), grace, host.settings.batch_size
-    )
-    if foreign is not None:
-        raise DispatchConflict(f"task id {foreign} is used again while its first run goes on")
-    return Committed([barrier_id for barrier_id in ready if barrier_id])
-
-
 # -- committing a unit and what follows
 
 
@@ -278,8 +81,8 @@ def commit(host: Host, unit: Unit, patience: float) -> Committed | None:
         DatabaseRetryLater: out of patience, it is unknown whether it was committed.
     """
     if isinstance(unit.primary, Outcome) and unit.plain:
-        parameters = _outcome_parameters(host, unit.primary)
-        for statement in _outcome_statements(unit.primary):
+        parameters = outcome_parameters(host, unit.primary)
+        for statement in outcome_statements(unit.primary):
             rows = host.database.statement(statement, parameters, patience)
             if rows:
                 return Committed([rows[0].ready] if rows[0].ready else [])

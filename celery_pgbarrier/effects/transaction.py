@@ -10,7 +10,7 @@ from typing import Any, cast
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from celery_pgbarrier import barrier, capture, faults, outbox
+from celery_pgbarrier import barrier, capture, faults, outbox, writing
 from celery_pgbarrier.effects import trouble
 from celery_pgbarrier.effects.marker import Found, Marker
 from celery_pgbarrier.effects.target import Place, Skipped, Target, target_for
@@ -209,7 +209,7 @@ class _Run:
         if self._unit.events:
             # The target executes as a connection does, which is all that writing a unit needs.
             connection = cast(Connection, self._target)
-            self._ready = barrier.write(connection, self._host, self._unit).ready
+            self._ready = writing.write(connection, self._host, self._unit).ready
         return self._marker is None or self._marker.record(self._target, self._tx._value)
 
     def _settle(self, error: Exception) -> None:

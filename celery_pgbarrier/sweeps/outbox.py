@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from celery_pgbarrier import barrier, capture, outbox
+from celery_pgbarrier import capture, outbox, writing
 from celery_pgbarrier.sweeps.tables import Key
 from celery_pgbarrier.unit import Host, Unit
 
@@ -47,7 +47,7 @@ def write(connection: Connection, host: Host, letters: Sequence[Letter]) -> None
     """
     unit = bundle(letters)
     if unit.events:
-        barrier.write(connection, host, unit)
+        writing.write(connection, host, unit)
 
 
 def publish(host: Host, letters: Sequence[Letter]) -> None:

@@ -13,7 +13,7 @@ from celery import Celery, chord
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from celery_pgbarrier import barrier, lease
+from celery_pgbarrier import barrier, lease, writing
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.store.tasks import slots_for
 from celery_pgbarrier.unit import Fence, Outcome, Unit
@@ -116,7 +116,7 @@ def test_no_row_is_locked_by_all_members(
     locked_by: dict[tuple[str, str], int] = {}
     for task_id, token in tokens.items():
         with engine.connect() as connection:
-            barrier.write(connection, backend, outcome(backend, task_id, token))
+            writing.write(connection, backend, outcome(backend, task_id, token))
             rows = locked_rows(engine, connection)
             assert ("task", task_id) in rows
             for row in rows:
@@ -141,7 +141,7 @@ def test_members_of_different_slots_do_not_wait_for_each_other(
         for task_id, token in list(tokens.items())[:slots]:
             connections.append(engine.connect())
             connections[-1].execute(text("SET LOCAL lock_timeout = '2s'"))
-            barrier.write(connections[-1], backend, outcome(backend, task_id, token))
+            writing.write(connections[-1], backend, outcome(backend, task_id, token))
     finally:
         for connection in connections:
             connection.commit()
