@@ -27,6 +27,7 @@ from celery_pgbarrier.unit import (
     Fence,
     Host,
     Outcome,
+    Stamp,
     Unit,
 )
 from celery_pgbarrier.writing import (
@@ -119,6 +120,9 @@ def _unclaimed(host: Host, unit: Unit, patience: float) -> Committed | None:
         primary.fence = Fence(stamp=fence.stamp)
         return commit(host, unit, patience)
     unit.primary = None  # a retry or replacement: its message makes the row anew
+    message = unit.message_of(primary.task_id)
+    if message is not None:
+        message.stamp(Stamp(unit.call_of(primary.task_id), 0, True))
     return commit(host, unit, patience)
 
 

@@ -146,8 +146,14 @@ class _Frames:
 
     def flush(self) -> None:
         if self._buffer:
-            self._transport.write(bytes(self._buffer))
-            self._buffer.clear()
+            try:
+                self._transport.write(bytes(self._buffer))
+            except BaseException:
+                # A part of it may be out: whatever followed would be read as the rest of it.
+                self._channel.connection.collapse()
+                raise
+            finally:
+                self._buffer.clear()
         self.sent += self._kept
         self._kept = 0
 

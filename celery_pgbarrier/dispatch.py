@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 from kombu.exceptions import OperationalError
 
 from celery_pgbarrier import bulk, faults
@@ -23,7 +24,8 @@ _Messages = list[tuple[str, Envelope]]
 def publish(app: Celery, envelopes: Iterable[tuple[str, Envelope]]) -> list[str]:
     """Publish messages until the broker fails; return the ids of those that it took.
 
-    What is not published stays recorded, and the reaper publishes it.  Nothing is raised.
+    What is not published stays recorded, and the reaper publishes it.  Nothing is raised but the
+    soft time limit of a task that publishes.
     """
     published: list[str] = []
     try:
@@ -36,6 +38,8 @@ def publish(app: Celery, envelopes: Iterable[tuple[str, Envelope]]) -> list[str]
                     faults.point("dispatch.half-published")
             if rest:
                 _publish_rest(producer, rest, published)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception as error:
         logger.warning("The broker is away, recorded messages are published later: %r", error)
     return published
@@ -88,6 +92,8 @@ def _publish_one(app: Celery, producer: Any, task_id: str, envelope: Envelope) -
 
 def _unless_refused(producer: Any, task_id: str, error: Exception) -> None:
     """Log that the broker refuses a message; raise an error that tells that it is away."""
+    if isinstance(error, SoftTimeLimitExceeded):
+        raise error
     away = (OperationalError, OSError, *producer.connection.connection_errors)
     if isinstance(error, away):
         raise error

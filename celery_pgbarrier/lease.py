@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from celery_pgbarrier import faults
 from celery_pgbarrier.dispatch import publish
@@ -175,8 +176,15 @@ def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
         )[0]
         if not seen.registered:
             beat(host, patience=patience)
-            continue
-        return _why(seen.state, seen.call, seen.seq, stamp), None
+        elif not _claimable(seen, stamp):
+            return _why(seen.state, seen.call, seen.seq, stamp), None
+
+
+def _claimable(seen: Any, stamp: Stamp) -> bool:
+    """Tell whether nothing speaks against a claim: its worker was registered a moment too late."""
+    if seen.state is None:
+        return not stamp.recorded
+    return bool(seen.state == "queued" and (seen.call, seen.seq) == (stamp.call, stamp.seq))
 
 
 def _why(state: str | None, call: str | None, seq: int | None, stamp: Stamp) -> Verdict:
@@ -253,6 +261,7 @@ def put_back(
             "id": held.task_id,
             "state": held.state,
             "token": held.token,
+            "worker": held.worker,
             "crash": int(crash),
             "grace": host.settings.publish_grace,
             "max_crashes": host.settings.max_crashes,
@@ -267,7 +276,8 @@ def put_back(
     seen = inspect(host, held.task_id, patience)
     if seen is None:
         return Loss.UNKNOWN
-    if (seen.state, seen.token) != (held.state, held.token):
+    passed_on = held.token is None and seen.worker != held.worker
+    if passed_on or (seen.state, seen.token) != (held.state, held.token):
         return Loss.FINISHED if seen.state == "done" else Loss.ELSEWHERE
     return Loss.SPENT
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, Row
 
-from celery_pgbarrier import barrier, relay, repair, sweeps
+from celery_pgbarrier import barrier, capture, relay, repair, sweeps
 from celery_pgbarrier.errors import HolderLost, PgBarrierError, TaskCrashed
 from celery_pgbarrier.lease import Held, Loss, put_back
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.sweeps import shutdown
 from celery_pgbarrier.sweeps.engine import Batch, Limits, run_batches
+from celery_pgbarrier.unit import Fence, Stamp
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,8 @@ def _release_claims(host: Failing, counts: Counts) -> None:
 def settle_claim(host: Failing, row: Row[Any], crash: bool, counts: Counts) -> bool:
     """Put back or fail one claim whose process is gone; one transaction a task.
 
-    Two reapers that settle the same claim do no harm: the token lets one of them through.
+    Two reapers that settle the same claim do no harm: the token, or for a plain task its worker,
+    lets one of them through.
     """
     try:
         if not row.rerun:
@@ -118,17 +121,23 @@ def settle_claim(host: Failing, row: Row[Any], crash: bool, counts: Counts) -> b
                 f"the worker that ran {row.name} died; the task is not run again, "
                 "because it neither is a BarrierTask nor has acks_late"
             )
-            counts.tasks_failed += host.fail_recorded(row.id, row.token, error)
+            counts.tasks_failed += _fail(host, row, error)
             return True
-        loss = put_back(host, Held(row.id, "running", row.token), crash, 1.0)
+        loss = put_back(host, Held(row.id, "running", row.token, row.worker), crash, 1.0)
         if loss is Loss.RELEASED:
             counts.tasks_released += 1
         elif loss is Loss.SPENT:
-            counts.tasks_failed += host.fail_recorded(row.id, row.token, crashed(host, row.name))
+            counts.tasks_failed += _fail(host, row, crashed(host, row.name))
         return loss is not Loss.UNKNOWN
     except Exception:
         logger.exception("Task %s is settled in a later pass", row.id)
         return False
+
+
+def _fail(host: Failing, row: Row[Any], error: PgBarrierError) -> bool:
+    fence = Fence(worker=row.worker, pid=row.pid, stamp=Stamp(row.call, row.seq, True))
+    with nullcontext() if row.token else capture.parent_fence(row.id, fence):
+        return host.fail_recorded(row.id, row.token, error)
 
 
 def crashed(host: Failing, name: str | None) -> TaskCrashed:

@@ -13,12 +13,13 @@ from celery.signals import worker_init, worker_shutdown
 from celery.worker import state as worker_state
 
 from celery_pgbarrier import compat, lease, reaper
+from celery_pgbarrier.errors import DatabaseUnavailable
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.unit import STAMP, Stamp
 
 logger = logging.getLogger(__name__)
 
-#: Looks at which a claim must be found idle before it is released (rule D of the design).
+#: Looks at which a claim must be found idle before it is released.
 _LOOKS = 2
 
 
@@ -32,11 +33,27 @@ class Keeper:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start the threads.
+
+        Raises:
+            ConfigurationError: PostgreSQL refuses the login.
+            SchemaError: the tables are missing or of another version.
+        """
+        self._register()
         self._spawn("heartbeat", self._keep_lease)
         self._spawn("audit", self._keep_auditing)
         if self._backend.settings.reap_in_worker:
             self._spawn("reaper", self._keep_reaping)
+
+    def _register(self) -> None:
+        """Beat once; a worker that can never claim must not take messages."""
+        host = self._backend.private()
+        try:
+            lease.beat(host, self._state)
+        except DatabaseUnavailable as error:
+            logger.warning("The first heartbeat waits for PostgreSQL: %s", error)
+        finally:
+            host.database.dispose()
 
     def stopping(self) -> None:
         """Go on beating while the pool drains; what dies from now on is no crash."""

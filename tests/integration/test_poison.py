@@ -74,8 +74,8 @@ class Killer:
     def settle(self, task_id: str) -> bool:
         """Do what the reaper does with the claim of a process that is gone."""
         (row,) = self.tables.ask(
-            "SELECT id, CAST(token AS text) AS token, rerun, name FROM pgbarrier_task "
-            "WHERE id = :id",
+            "SELECT id, CAST(token AS text) AS token, CAST(worker AS text) AS worker, pid, rerun, "
+            "name, CAST(call AS text) AS call, seq FROM pgbarrier_task WHERE id = :id",
             id=task_id,
         )
         return reaper.settle_claim(self.backend, row, True, reaper.Counts())

@@ -171,13 +171,15 @@ UPDATE {s}pgbarrier_task
        due_at = clock_timestamp() + make_interval(secs => :grace), published_at = NULL,
        publications = 0, copies = copies + 1
  WHERE id = :id AND state = :state AND token IS NOT DISTINCT FROM CAST(:token AS uuid)
+   AND (token IS NOT NULL OR worker IS NOT DISTINCT FROM CAST(:worker AS uuid))
    AND crashes + :crash < :max_crashes AND message IS NOT NULL
 RETURNING crashes
 """
 
 #: What a worker holds (at most its concurrency, for a healthy one).
 CLAIMS_OF = """
-SELECT id, CAST(token AS text) AS token, CAST(worker AS text) AS worker, pid, rerun, name
+SELECT id, CAST(token AS text) AS token, CAST(worker AS text) AS worker, pid, rerun, name,
+       CAST(call AS text) AS call, seq
   FROM {s}pgbarrier_task WHERE worker = CAST(:worker AS uuid) ORDER BY started_at LIMIT :limit
 """
 
@@ -192,7 +194,7 @@ WITH RECURSIVE holders (id) AS (
       FROM holders WHERE holders.id IS NOT NULL
 )
 SELECT t.id, CAST(t.token AS text) AS token, CAST(t.worker AS text) AS worker, t.pid, t.rerun,
-       t.name, COALESCE(w.state, 'dead') AS holder
+       t.name, CAST(t.call AS text) AS call, t.seq, COALESCE(w.state, 'dead') AS holder
   FROM holders LEFT JOIN {s}pgbarrier_worker w ON w.id = holders.id
        CROSS JOIN LATERAL (SELECT * FROM {s}pgbarrier_task held
                             WHERE held.worker = holders.id LIMIT :limit) AS t

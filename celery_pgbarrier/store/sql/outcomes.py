@@ -133,6 +133,8 @@ WITH done AS (
     + _DONE
     + """
      WHERE (t.state <> 'done' AND t.token IS NULL
+            AND (t.state <> 'running' OR CAST(:worker AS uuid) IS NULL
+                 OR t.worker = CAST(:worker AS uuid))
             AND (CAST(:call AS uuid) IS NULL OR t.call IS NULL
                  OR (t.state = 'expected' AND (t.call <> CAST(:call AS uuid) OR t.seq <= :seq))
                  OR (t.call = CAST(:call AS uuid) AND t.seq = :seq)))
