@@ -150,7 +150,7 @@ class _Frames:
                 self._transport.write(bytes(self._buffer))
             except BaseException:
                 # A part of it may be out: whatever followed would be read as the rest of it.
-                self._channel.connection.collapse()
+                self._channel.connection.collect()
                 raise
             finally:
                 self._buffer.clear()

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from sqlalchemy import Connection
 
 from celery_pgbarrier import poison, reaper
 from celery_pgbarrier.backend import BarrierBackend
@@ -39,18 +40,27 @@ def _backend(context: click.Context) -> BarrierBackend:
 
 @pgbarrier.command()
 @click.option("--sql", is_flag=True, help="Print the DDL for a DBA; touch nothing.")
+@click.option(
+    "--from", "since", metavar="VERSION", help="With --sql: the version that the tables are at."
+)
 @click.pass_context
-def migrate(context: click.Context, sql: bool) -> None:
+def migrate(context: click.Context, sql: bool, since: str | None) -> None:
     """Make or upgrade the tables."""
     backend = _backend(context)
     name = backend.settings.schema
     if sql:
-        click.echo(schema.script(name))
+        try:
+            click.echo(schema.script(name, since))
+        except PgBarrierError as error:
+            raise click.ClickException(str(error)) from None
         return
+
+    def work(connection: Connection) -> None:
+        schema.upgrade(connection, name)
+        schema.require(connection, name)
+
     try:
-        backend.database.transaction(
-            lambda connection: schema.upgrade(connection, name), check=False
-        )
+        backend.database.transaction(work, check=False)
     except PgBarrierError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"pgbarrier tables are at version {schema.head()}")

@@ -80,8 +80,8 @@ OPTIONS = (
            "when an unclaimed message is published again; doubled at each republication",
            "s", 0.1, 604800),
     Option("empty_after", float, 30.0,
-           "when an unclaimed message whose queue is empty or gone is published again; doubled at "
-           "each republication, and never above republish_after",
+           "when an unclaimed message whose queue is empty or gone is published again, at most "
+           "republish_after; doubled at each republication",
            "s", 0.1, 604800),
     Option("publish_grace", float, 10.0,
            "how long the process that recorded a message has to publish it", "s", 0.1, 3600),

@@ -81,7 +81,7 @@ def require(connection: Connection, schema: str | None) -> None:
         if version in _known():
             raise SchemaError(
                 f"pgbarrier tables in {place} are at version {version}, "
-                f"this celery-pgbarrier needs {expected}: {MIGRATE}"
+                f"this celery-pgbarrier needs {expected}: {MIGRATE[:-1]} --from {version}`"
             )
         raise SchemaError(
             f"pgbarrier tables in {place} are at version {version}, which this celery-pgbarrier "
@@ -118,12 +118,19 @@ def migrate(url: str, schema: str | None = None) -> None:
         upgrade(connection, schema)
 
 
-def script(schema: str | None = None) -> str:
-    """Return the DDL of all versions, for a DBA to run."""
+def script(schema: str | None = None, since: str | None = None) -> str:
+    """Return the DDL of all versions, or of those after *since*, for a DBA to run.
+
+    Raises:
+        SchemaError: there is no version *since*.
+    """
+    if since is not None and since not in _known():
+        known = ", ".join(sorted(_known()))
+        raise SchemaError(f"the tables have no version {since}, but {known}: name one of these")
     output = io.StringIO()
     config = _config(schema, output)
     config.set_main_option("sqlalchemy.url", "postgresql+psycopg2://")
-    if schema:
+    if schema and since is None:
         output.write(f'CREATE SCHEMA IF NOT EXISTS "{schema}";\n\n')
-    command.upgrade(config, "head", sql=True)
+    command.upgrade(config, f"{since}:head" if since else "head", sql=True)
     return output.getvalue()

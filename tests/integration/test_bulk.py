@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 from kombu import Producer
 
 from celery_pgbarrier import bulk, dispatch
@@ -135,3 +136,24 @@ def test_a_broker_with_confirmations_confirms_every_message(
     messages = envelopes(each_broker.queue)[:20]
     taken = dispatch.publish(app, [(m.headers["id"], m) for m in messages])
     assert each_broker.depth() == len(taken) == 20
+
+
+def test_a_soft_time_limit_is_not_taken_for_the_brokers_refusal(
+    brokered: Celery, each_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the publishing task, and the connection where a part of a write may be out."""
+    messages = [(m.headers["id"], m) for m in (envelope(each_broker.queue) for _ in range(5))]
+    assert len(dispatch.publish(brokered, messages)) == 5
+
+    def limited(*_: Any, **__: Any) -> None:
+        raise SoftTimeLimitExceeded
+
+    with monkeypatch.context() as patch:
+        with brokered.producer_pool.acquire(block=True) as producer:
+            if each_broker.url.startswith("redis"):
+                patch.setattr(Producer, "publish", limited)
+            else:
+                patch.setattr(type(producer.channel.connection.transport), "write", limited)
+        with pytest.raises(SoftTimeLimitExceeded):
+            dispatch.publish(brokered, messages)
+    assert len(dispatch.publish(brokered, messages)) == 5

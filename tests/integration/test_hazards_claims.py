@@ -13,6 +13,7 @@ from celery.exceptions import Ignore, Reject
 from celery_pgbarrier import lease, reaper
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.errors import HolderLost, MemberEndedWithoutResult
+from celery_pgbarrier.store import sql
 from celery_pgbarrier.worker import audit
 from tests.support.holding import bury, claim, member_of_a_chord
 from tests.support.inline import InlineWorker
@@ -288,3 +289,43 @@ def test_hazard_05_a_plain_member_that_acknowledges_late_is_run_again(
     worker.drain()
     assert runs == [1, 1]
     assert result.get(timeout=5) == 5
+
+
+def test_a_claim_is_tried_again_where_its_worker_was_registered_a_moment_too_late(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process of the worker registers it between the claim and the look at its reasons."""
+    result = add.delay(1, 1)
+    message = worker.take()
+    assert message is not None
+    statement = backend.database.statement
+
+    def meanwhile(template: str, *values: Any) -> Any:
+        if template == sql.INSPECT:
+            lease.beat(backend)
+        return statement(template, *values)
+
+    monkeypatch.setattr(backend.database, "statement", meanwhile)
+    tables.ask("UPDATE pgbarrier_worker SET state = 'dead'")
+    worker.run(message)
+    assert result.get(timeout=5) == 2
+
+
+def test_a_late_look_at_a_plain_task_of_a_dead_worker_leaves_its_next_run_alone(
+    backend: BarrierBackend, worker: InlineWorker, tables: Tables
+) -> None:
+    """Two reapers find it; the second one comes to it when another worker runs it again."""
+    result, message = member_of_a_chord(worker, plain.add.s(2, 2))
+    start = """
+        UPDATE pgbarrier_task SET state = 'running', worker = gen_random_uuid(), pid = 1,
+               rerun = :rerun, due_at = NULL WHERE id = :id RETURNING CAST(worker AS text)
+    """
+    for rerun in (True, False):
+        tables.ask(start, id=message.id, rerun=rerun)
+        rows = backend.database.statement(sql.CLAIMS_LOST, {"limit": 10})
+        (seen,) = [row for row in rows if row.id == message.id]
+        healthy = tables.ask(start, id=message.id, rerun=rerun)[0][0]
+        reaper.settle_claim(backend, seen, True, reaper.Counts())
+        row = tables.task(message.id)
+        assert (row.state, str(row.worker), row.crashes) == ("running", healthy, 0)
+    assert not result.ready()

@@ -415,3 +415,19 @@ def test_two_schemas_of_a_database_know_nothing_of_each_other(empty_database_url
     tables = Tables(empty_database_url)
     assert tables.value("SELECT count(*) FROM pg_tables WHERE tablename = 'pgbarrier_task'") == 2
     assert shape(empty_database_url, "one").keys() == shape(empty_database_url, "two").keys()
+
+
+def test_the_ddl_from_a_version_on_upgrades_tables_of_that_version(empty_database_url: str) -> None:
+    """What a DBA runs: the error that tables are behind names the command."""
+    older, _, _ = schema.script().partition("-- Running upgrade 0003 ->")
+    since = schema.script(since="0003")
+    assert "CREATE TABLE pgbarrier_task" not in since
+    with databases.autocommit(empty_database_url) as connection:
+        connection.exec_driver_sql(older + "COMMIT;")
+        assert schema.current(connection, None) == "0003"
+        with pytest.raises(SchemaError, match="migrate --sql --from 0003`"):
+            schema.require(connection, None)
+        connection.exec_driver_sql(since)
+        schema.require(connection, None)
+    with pytest.raises(SchemaError, match="no version 0099"):
+        schema.script(since="0099")
