@@ -200,8 +200,19 @@ def _purge_rows(host: barrier.Releasing, statement: str, size: int) -> Batch:
 
 
 def _purge_barriers(host: barrier.Releasing, size: int) -> Batch:
-    rows = host.database.transaction(lambda conn: _purge_barrier(conn, host, size))
-    return Batch(rows, more=rows > 0)
+    rows = host.database.transaction(lambda conn: _purge_some_barriers(conn, host, size))
+    return Batch(rows, more=rows >= size)
+
+
+def _purge_some_barriers(connection: Connection, host: barrier.Releasing, limit: int) -> int:
+    """Delete expired barriers with their members until *limit* rows have gone."""
+    rows = 0
+    while rows < limit:
+        gone = _purge_barrier(connection, host, limit - rows)
+        if not gone:
+            break
+        rows += gone
+    return rows
 
 
 def _purge_barrier(connection: Connection, host: barrier.Releasing, limit: int) -> int:

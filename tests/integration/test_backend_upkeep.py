@@ -20,6 +20,7 @@ from celery.app.task import Context
 from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult, GroupResult
 
+from celery_pgbarrier import reaper
 from celery_pgbarrier.backend import BarrierBackend
 from tests.support import databases
 from tests.support.brokers import Broker
@@ -338,3 +339,19 @@ def test_children_of_a_fork_do_not_use_their_parents_connections(
     )
     assert done.returncode == 0, done.stderr
     assert tables.count("task", "status = 'SUCCESS'") == 1 + 4 * 20
+
+
+def test_many_small_chords_go_in_few_transactions(backend: BarrierBackend, tables: Tables) -> None:
+    """A pass has a bounded number of batches: one chord a batch would let finished ones pile up."""
+    tables.ask("""
+        INSERT INTO pgbarrier_barrier (id, call, size, open_slots, state, body, expires_at)
+        SELECT 'chord-' || n, gen_random_uuid(), 2, 0, 'released', '', now() - interval '1 day'
+          FROM generate_series(1, 300) AS n
+    """)
+    tables.ask("""
+        INSERT INTO pgbarrier_task (id, state, barrier_id, slot, position)
+        SELECT 'member-' || n || '-' || k, 'done', 'chord-' || n, 0, k
+          FROM generate_series(1, 300) AS n, generate_series(1, 2) AS k
+    """)
+    assert reaper.purge(backend, batches=2) == 900
+    assert tables.count("barrier") == tables.count("task") == 0
