@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 
@@ -25,6 +26,12 @@ SELECT (SELECT count(*) FROM pgbarrier_barrier) AS barriers,
 """
 
 
+def moment(chance: random.Random, calls: list[float]) -> float:
+    """When to kill: anywhere in a call, or, as often, in its last part, where the commit is."""
+    first = chance.choice([0.0, 0.8])
+    return chance.uniform(first, 1.0) * median(calls)
+
+
 def killed_producers(scene: Scene, chance: random.Random) -> list[tuple[Job, Report]]:
     """Kill 50 producers: at random delays up to that of a whole call, and at each fault point.
 
@@ -33,19 +40,20 @@ def killed_producers(scene: Scene, chance: random.Random) -> list[tuple[Job, Rep
     with Producer(scene) as producer:
         whole = [producer.run(Job(f"whole {n}", SIZE)) for n in range(2)]
         assert all(report.returned for report in whole)
-        longest = max(report.seconds for report in whole)
+        calls = [report.seconds for report in whole]
         faults = [fault for fault in (BEFORE, *AFTER) for _ in range(AT_FAULTS)]
         moments = [*faults, *[None] * AT_RANDOM]
         chance.shuffle(moments)
         done = []
         for number, fault in enumerate(moments):
             while True:
-                delay = None if fault else chance.uniform(0, longest)
+                delay = None if fault else moment(chance, calls)
                 job = Job(f"{fault or 'random'} {number} {len(done)}", SIZE, delay, fault)
                 done.append((job, producer.run(job)))
                 if done[-1][1].killed:
                     break
-        print(f"a whole call takes {longest * 1000:.0f} ms")
+                calls.append(done[-1][1].seconds)
+        print(f"a whole call takes {median(calls) * 1000:.0f} ms")
     return [*((Job(report.label, SIZE), report) for report in whole), *done]
 
 
