@@ -291,3 +291,14 @@ def test_a_row_that_cannot_be_settled_does_not_stop_the_pass(
     reaper.run_once(backend)
     worker.drain()
     assert good.get(timeout=5) == 4
+
+
+def test_a_worker_whose_database_refuses_it_does_not_start(
+    start_worker: Callable[..., WorkerProcess], redis_broker: Broker, database_url: str
+) -> None:
+    """It would take messages and could keep none of them."""
+    url = databases.backend_url(databases.sibling(database_url, "no_such_database"))
+    worker = start_worker(redis_broker, url, ready=False)
+    assert worker.process.wait(60) != 0
+    assert 'database "no_such_database" does not exist' in worker.log()
+    assert " ready." not in worker.log()

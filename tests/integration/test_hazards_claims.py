@@ -329,3 +329,23 @@ def test_a_late_look_at_a_plain_task_of_a_dead_worker_leaves_its_next_run_alone(
         row = tables.task(message.id)
         assert (row.state, str(row.worker), row.crashes) == ("running", healthy, 0)
     assert not result.ready()
+
+
+def test_a_retry_is_recorded_where_a_crash_of_the_server_took_the_first_claim(
+    worker: InlineWorker, tables: Tables, hook: Hook
+) -> None:
+    """First claims are not flushed: the row that one made may be gone when its task is retried."""
+    runs: list[int] = []
+
+    @hook("forgotten")
+    def forgotten(task: Any, value: Any) -> str:
+        runs.append(1)
+        if len(runs) == 1:
+            tables.ask("DELETE FROM pgbarrier_task WHERE id = :id RETURNING id", id=task.request.id)
+            raise task.retry(countdown=0)
+        return "done"
+
+    result = hooked.delay(1, "forgotten")
+    worker.drain()
+    assert result.get(timeout=5) == "done"
+    assert len(runs) == 2
