@@ -21,7 +21,7 @@ from celery_pgbarrier.errors import (
     DispatchUnknown,
 )
 from celery_pgbarrier.reference import Page
-from celery_pgbarrier.store import sql
+from celery_pgbarrier.store import direct, sql
 from celery_pgbarrier.store.database import Database
 from celery_pgbarrier.unit import (
     Fence,
@@ -39,6 +39,9 @@ from celery_pgbarrier.writing import (
 )
 
 logger = logging.getLogger(__name__)
+
+#: Up to how many members' results come with the lock of their barrier.
+_FEW = 100
 
 
 @dataclass(frozen=True)
@@ -189,9 +192,12 @@ def _close(
 ) -> tuple[Unit, Committed] | None:
     """Record what a complete barrier leads to; None where another process is releasing it."""
     statements = host.database.sql
-    row = connection.execute(statements[sql.BARRIER_LOCK], {"id": barrier_id}).first()
-    if row is None:
+    inline = host.settings.inline_results
+    lock = {"id": barrier_id, "few": _FEW, "inline": inline, "expires": host.keep}
+    rows, _ = direct.run(connection, statements.plain(sql.BARRIER_LOCK), lock)
+    if not rows:
         return None
+    row = rows[0]
     pages = partial(_pages, connection, host, row)
     closing = Closing(
         row.id,
@@ -206,8 +212,9 @@ def _close(
     )
     state, unit = host.closing_unit(closing, refused)
     committed = write(connection, host, unit)
-    parameters = {"id": barrier_id, "state": state, "expires": host.keep}
-    connection.execute(statements[sql.BARRIER_CLOSE], parameters)
+    if not row.closed or state != "released":
+        parameters = {"id": barrier_id, "state": state, "expires": host.keep}
+        connection.execute(statements[sql.BARRIER_CLOSE], parameters)
     return unit, committed
 
 
@@ -216,6 +223,12 @@ def _pages(
 ) -> Iterator[Page]:
     """Read members, *count* in all, page by page, so that no more than a page is held here."""
     if not count:
+        return
+    if statement == sql.BARRIER_MEMBERS and barrier.ids is not None:
+        yield [
+            (key, None if value is None else bytes(value))
+            for key, value in zip(barrier.ids, barrier.results, strict=True)
+        ]
         return
     for start, stop in reference.windows(barrier.size, host.settings.batch_size):
         window = {"id": barrier.id, "start": start, "stop": stop}

@@ -90,7 +90,13 @@ def poison_group() -> None:
 
 
 @poison_group.command("list")
-@click.option("--limit", default=100, show_default=True, help="At most so many, the latest first.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="At most so many, the latest first.",
+)
 @click.pass_context
 def poison_list(context: click.Context, limit: int) -> None:
     """Show them, a line each: id, name, crashes, when, the state of its chord, why."""

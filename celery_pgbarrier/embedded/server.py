@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 PORTS = range(20_000, 32_000)
 # What a server says when another process was quicker, or its predecessor is not quite gone.
 TRY_AGAIN = ("address already in use", 'lock file "postmaster.pid" already exists')
-MISSING = "{} was not found on this machine: pip install celery-pgbarrier[embedded]"
+MISSING = "{} was not found on this machine: pip install 'celery-pgbarrier[embedded]'"
 
 AnyServer = TypeVar("AnyServer", bound="EmbeddedServer")
 

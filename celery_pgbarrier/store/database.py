@@ -56,7 +56,7 @@ _TRANSIENT_CODES = {
     "57P05",  # idle_session_timeout
     "25P03",  # idle_in_transaction_session_timeout
 }
-_SCHEMA_CODES = {"42P01", "42703", "3F000"}  # undefined table, column, invalid schema
+_SCHEMA_CODES = {"42P01", "42703", "42883", "3F000"}  # undefined table, column, function; schema
 _DENIED = "42501"  # insufficient_privilege
 #: Codes with which a server or a pooler ends a connection, perhaps after it took a COMMIT.
 _CUT_OFF = {"57P01", "57P02"}
@@ -65,6 +65,10 @@ _REFUSED = re.compile(
     r"password authentication failed|no password supplied|no pg_hba.conf entry"
     r'|(role|user|database) "[^"]*" does not exist'
 )
+
+
+#: What libpq says of a parameter in the URL's query that it does not know.
+_UNKNOWN_OPTION = re.compile(r'invalid connection option "([^"]*)"')
 
 
 def parse_url(url: str) -> URL:
@@ -153,7 +157,7 @@ class Database:
             that a process that is paused within one does not keep its locks.
     """
 
-    url: URL
+    url: URL = field(repr=False)  # a password may stand in its query
     schema: str | None = None
     auto_migrate: bool = True
     engine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -204,7 +208,7 @@ class Database:
         except ModuleNotFoundError as error:
             raise ConfigurationError(
                 f"the driver {self.url.get_driver_name()} is not installed: pip install "
-                f"{'psycopg2-binary' if error.name == 'psycopg2' else 'celery-pgbarrier[psycopg]'}"
+                + ("psycopg2-binary" if error.name == "psycopg2" else "'celery-pgbarrier[psycopg]'")
             ) from None
 
     def dispose(self) -> None:
@@ -330,6 +334,11 @@ class Database:
         if not isinstance(error, DBAPIError):
             return error
         code = sqlstate(error)
+        if unknown := _UNKNOWN_OPTION.search(_first(error)):
+            return ConfigurationError(
+                f"{safe_url(self.url)}: PostgreSQL's client library knows no connection option "
+                f"{unknown[1]}: mend result_backend or database_engine_options"
+            )
         if _REFUSED.search(_first(error)):
             return ConfigurationError(
                 f"{safe_url(self.url)} refuses the login ({_first(error)}): "
@@ -340,7 +349,8 @@ class Database:
         if code == _DENIED:
             return SchemaError(
                 f"{_first(error)}: grant SELECT, INSERT, UPDATE and DELETE on the pgbarrier_* "
-                f"tables to this role (and USAGE on their schema); to make or upgrade them, "
+                f"tables, and EXECUTE on the pgbarrier_* functions, to this role (and USAGE on "
+                f"their schema); to make or upgrade them, "
                 f"{versions.MIGRATE}"
             )
         return error

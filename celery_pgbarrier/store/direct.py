@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 def run(
     connection: Connection, statement: str, parameters: Mapping[str, Any]
 ) -> tuple[list[Any], int]:
-    """Run a statement on a connection in autocommit mode.
+    """Run a statement on a connection in autocommit mode, in a transaction or as one.
 
     Parameters:
         statement: SQL in the driver's own style (``%(name)s``).

@@ -49,7 +49,7 @@ def record(
             "ids": array(row.id for row in chunk),
             "calls": array(row.call for row in chunk),
             "barriers": array(row.barrier_id for row in chunk),
-            "slots": array(row.slot for row in chunk),
+            "member_slots": array(row.slot for row in chunk),
             "positions": array(row.position for row in chunk),
             "names": array(row.name for row in chunk),
             "queues": array(row.queue for row in chunk),
@@ -58,7 +58,7 @@ def record(
             "reads": array(row.reads for row in chunk),
             "grace": grace,
         }
-        taken = connection.execute(statements[sql.TASKS_RECORD], columns).rowcount
+        taken = connection.execute(statements[sql.TASKS_RECORD], columns).scalar_one()
         if taken == len(chunk):
             continue
         ids = {key: columns[key] for key in ("ids", "calls", "barriers")}

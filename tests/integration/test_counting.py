@@ -78,11 +78,12 @@ def test_finishing_a_member_is_one_statement_and_one_transaction(
         wire.said.clear()
         worker.run(messages[1])
         start, *finish = wire.said
-        assert "'running'" in start
+        assert "'running'" in start or "pgbarrier_claim_queued" in start
         assert len(finish) == 1, f"more than one statement: {finish}"
         (said,) = finish
         assert not said.lstrip().startswith(TRANSACTION)
-        assert all(f"pgbarrier_{table}" in said for table in ("task", "slot", "barrier"))
+        counts = all(f"pgbarrier_{table}" in said for table in ("task", "slot", "barrier"))
+        assert counts or "pgbarrier_finish_member" in said
     assert tables.count("task", "state = 'done'") == 2
 
 

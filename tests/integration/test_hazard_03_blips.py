@@ -59,11 +59,11 @@ def wired(
 
 #: What is said on the line when: the answer to it is lost.
 MOMENTS = {
-    "the claim of a member": "pgbarrier_task AS t\n   SET state = 'running'",
-    "the outcome of a member": "state = 'done', status",
+    "the claim of a member": "pgbarrier_claim_queued",
+    "the outcome of a member": "pgbarrier_finish_member",
     "a transaction": "COMMIT",
     "the release": "FOR UPDATE OF b SKIP LOCKED",
-    "the end of the release": "closed_at = clock_timestamp()",
+    "the record of what follows": "AS recorded FROM recorded",
     "the mark of publication": "SET published_at",
 }
 

@@ -18,13 +18,17 @@ VALUES: dict[str, Any] = {
     "grace": 1.0,
     "keep": 3600.0,
     "since": "-infinity",
+    "until": "-infinity",
+    "most": 4000,
     "after": 60.0,
 }
 
 #: Statements by the column of the index that they are to search.
 SEARCHED = {
     "TASKS_DUE": "due_at",
+    "PURGE_BOUNDS": "expires_at",
     "PURGE_TASKS": "expires_at",
+    "PURGE_UNLOCKED": "expires_at",
     "PURGE_GROUPS": "expires_at",
     "PURGE_POISON": "expires_at",
     "PURGE_EFFECTS": "created_at",

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 import celery_pgbarrier.store
+from celery_pgbarrier.store.sql.functions import FUNCTIONS
 from tests.support.waiting import wait_until
 
 PREFIX = "pgbarrier"
@@ -57,6 +58,8 @@ def schema_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted([root / "schema.py", *(root / "migrations").rglob("*.py")]):
         digest.update(path.read_bytes())
+    for function in FUNCTIONS.values():
+        digest.update(function.definition.encode())
     return digest.hexdigest()[:12]
 
 

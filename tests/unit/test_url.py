@@ -91,3 +91,17 @@ def test_as_uri_hides_the_password_unless_asked() -> None:
     )
     assert again.backend.database.url == app.backend.database.url
     assert "s3cret" not in repr(app.backend.database)
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_an_unknown_option_in_the_query_is_named(driver: str) -> None:
+    url = f"pgbarrier+postgresql+{driver}://u:s3cret@127.0.0.1:1/db?bogus=1"
+    app = Celery(broker="memory://", backend=url, set_as_current=False)
+    with pytest.raises(ConfigurationError, match="no connection option bogus") as error:
+        app.backend.get_state("x")
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_password_in_the_query_is_not_shown() -> None:
+    database = Database(parse_url("pgbarrier://u@127.0.0.1:1/db?password=s3cret"))
+    assert "s3cret" not in repr(database)

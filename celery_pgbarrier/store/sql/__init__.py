@@ -5,8 +5,10 @@ volatile, and an index is not searched by what is volatile, but read from end to
 """
 
 from celery_pgbarrier.store.sql.barriers import *
+from celery_pgbarrier.store.sql.batches import *
 from celery_pgbarrier.store.sql.claims import *
 from celery_pgbarrier.store.sql.effects import *
+from celery_pgbarrier.store.sql.functions import *
 from celery_pgbarrier.store.sql.messages import *
 from celery_pgbarrier.store.sql.outcomes import *
 from celery_pgbarrier.store.sql.poison import *

@@ -51,6 +51,7 @@ UPDATE {s}pgbarrier_task SET barrier_id = NULL
 #: Record messages and expected tasks; rows that live under another call are left alone.
 TASKS_RECORD = (
     """
+WITH recorded AS (
 INSERT INTO {s}pgbarrier_task AS t
        (id, call, barrier_id, slot, position, state, name, queue, message, eta, reads, due_at)
 SELECT x.id, CAST(x.call AS uuid), x.barrier_id, x.slot, x.position,
@@ -59,7 +60,8 @@ SELECT x.id, CAST(x.call AS uuid), x.barrier_id, x.slot, x.position,
        CASE WHEN x.message IS NULL THEN NULL
             ELSE clock_timestamp() + make_interval(secs => :grace) END
   FROM unnest(CAST(:ids AS text[]), CAST(:calls AS text[]), CAST(:barriers AS text[]),
-              CAST(:slots AS integer[]), CAST(:positions AS integer[]), CAST(:names AS text[]),
+              CAST(:member_slots AS integer[]), CAST(:positions AS integer[]),
+              CAST(:names AS text[]),
               CAST(:queues AS text[]), CAST(:messages AS bytea[]), CAST(:etas AS text[]),
               CAST(:reads AS text[]))
        AS x (id, call, barrier_id, slot, position, name, queue, message, eta, reads)
@@ -83,7 +85,11 @@ ON CONFLICT (id) DO UPDATE SET
     OR (t.state IN ('done', 'untracked') AND t.call IS DISTINCT FROM EXCLUDED.call
         AND NOT """
     + NEEDED
-    + ")"
+    + """)
+    RETURNING 1
+)
+SELECT count(*) AS recorded FROM recorded
+"""
 )
 
 #: Which of these ids belong to another call or barrier (an id that is used while its first run
@@ -112,16 +118,31 @@ INSERT INTO {s}pgbarrier_task (id, barrier_id, slot, position, state)
 SELECT :id, :barrier, slot.slot, adder.position, 'expected' FROM slot, adder
 """
 
-#: Lock a barrier that is ready, with what its members' results amount to; none where another
-#: process is releasing it.
+#: Lock a barrier that is ready, with what its members' results amount to, and of a small one these
+#: results; none where another process is releasing it.  It is closed at once where all members have
+#: succeeded, which leaves a statement less to the usual release.
 BARRIER_LOCK = """
-SELECT b.id, CAST(b.call AS text) AS call, b.body, b.structure, b.size, m.members, m.bytes,
-       m.doubtful
-  FROM {s}pgbarrier_barrier b, LATERAL (
-       SELECT count(*) AS members, COALESCE(sum(length(t.result)), 0) AS bytes,
-              count(*) FILTER (WHERE t.status <> 'SUCCESS' OR t.result IS NULL) AS doubtful
-         FROM {s}pgbarrier_task t WHERE t.barrier_id = b.id) AS m
- WHERE b.id = :id AND b.state = 'ready' FOR UPDATE OF b SKIP LOCKED
+WITH held AS MATERIALIZED (
+    SELECT b.id, b.call, b.body, b.structure, b.size, m.*
+      FROM {s}pgbarrier_barrier b, LATERAL (
+           SELECT count(*) AS members, COALESCE(sum(length(t.result)), 0) AS bytes,
+                  count(*) FILTER (WHERE t.status <> 'SUCCESS' OR t.result IS NULL) AS doubtful
+             FROM {s}pgbarrier_task t WHERE t.barrier_id = b.id) AS m
+     WHERE b.id = :id AND b.state = 'ready' FOR UPDATE OF b SKIP LOCKED
+), closed AS (
+    UPDATE {s}pgbarrier_barrier AS b
+       SET state = 'released', closed_at = clock_timestamp(),
+           expires_at = clock_timestamp() + make_interval(secs => CAST(:expires AS float8))
+      FROM held WHERE b.id = held.id AND held.doubtful = 0 AND held.members >= held.size
+    RETURNING b.id
+)
+SELECT h.id, CAST(h.call AS text) AS call, h.body, h.structure, h.size, h.members, h.bytes,
+       h.doubtful, small.ids, small.results, EXISTS (SELECT 1 FROM closed) AS closed
+  FROM held AS h LEFT JOIN LATERAL (
+       SELECT array_agg(t.id ORDER BY t.position, t.created_at, t.id) AS ids,
+              array_agg(t.result ORDER BY t.position, t.created_at, t.id) AS results
+         FROM {s}pgbarrier_task t WHERE t.barrier_id = h.id) AS small
+       ON h.members <= :few AND h.bytes <= CAST(:inline AS bigint)
 """
 
 #: Results by position in the header; an added member has the position of the one that added it.

@@ -54,7 +54,7 @@ SELECT attempt, crashes, barrier_id,
 
 #: Grant a task that has no row yet, storing its own message so that it can be put back.  Nothing is
 #: granted where there is a row: see CLAIM_NEW.
-CLAIM_FIRST = """
+CLAIM_FIRST_BODY = """
 INSERT INTO {s}pgbarrier_task
        (id, call, seq, state, status, attempt, token, worker, pid, thread, name, queue, message,
         result, started_at)
@@ -67,7 +67,7 @@ RETURNING attempt, crashes, barrier_id, set_config('synchronous_commit', 'off', 
 """
 
 #: Grant a recorded task whose current message this is; any other case: see CLAIM_RECORDED.
-CLAIM_QUEUED = """
+CLAIM_QUEUED_BODY = """
 UPDATE {s}pgbarrier_task AS t
    SET state = 'running', token = CAST(:token AS uuid), worker = w.id, pid = :pid,
        thread = :thread, rerun = true, started_at = clock_timestamp(), due_at = NULL,

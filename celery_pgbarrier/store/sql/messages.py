@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-#: The broker has them, in this order; from now on they are overdue after republish_after.  Not
-#: flushed: what a crash of the server takes back is published once more.
+#: The broker has them, in this order; from now on they are overdue after republish_after.  What is
+#: being claimed at this moment needs no mark, and who claims many waits for nobody who marks many.
+#: Not flushed: what a crash of the server takes back is published once more.
 TASKS_PUBLISHED = """
-UPDATE {s}pgbarrier_task AS t
-   SET published_at = now() + x.place * interval '1 microsecond',
-       due_at = GREATEST(now(), t.eta) + make_interval(secs => :after)
-  FROM (SELECT set_config('synchronous_commit', 'off', true)) AS unflushed,
-       unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
- WHERE t.id = x.id AND t.state = 'queued' AND t.due_at IS NOT NULL AND t.published_at IS NULL
+WITH sent AS MATERIALIZED (
+    SELECT t.id, x.place
+      FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
+      JOIN {s}pgbarrier_task t ON t.id = x.id
+     WHERE t.state = 'queued' AND t.due_at IS NOT NULL AND t.published_at IS NULL
+       FOR UPDATE OF t SKIP LOCKED
+), marked AS (
+    UPDATE {s}pgbarrier_task AS t
+       SET published_at = now() + sent.place * interval '1 microsecond',
+           due_at = GREATEST(now(), t.eta) + make_interval(secs => :after)
+      FROM (SELECT set_config('synchronous_commit', 'off', true)) AS unflushed, sent
+     WHERE t.id = sent.id
+    RETURNING 1
+)
+SELECT count(*) AS marked FROM marked
 """
 
 #: Messages that should have been claimed by now.
@@ -73,11 +83,17 @@ UPDATE {s}pgbarrier_task SET due_at = clock_timestamp() + make_interval(secs => 
 
 #: The messages that are due first, of all queues: of another queue's backlog ``scan`` rows at most
 #: are looked through.  Those that were sent, or seen in a worker's hands, so long ago that a queue
-#: which is empty has lost them.
+#: which is empty has lost them.  What was published once or twice is read only as far as it can be
+#: due for that; what was published more often has an index of its own.
 _OUT = """
     SELECT id, queue, due_at FROM (
-        SELECT id, queue, due_at, publications, published_at FROM {s}pgbarrier_task
-         WHERE due_at IS NOT NULL AND state = 'queued' ORDER BY due_at LIMIT :scan) AS first
+        (SELECT id, queue, due_at, publications, published_at FROM {s}pgbarrier_task
+          WHERE due_at < (SELECT clock_timestamp()) + make_interval(secs => :after - :early)
+            AND state = 'queued' AND publications <= 1 ORDER BY due_at LIMIT :scan)
+        UNION ALL
+        (SELECT id, queue, due_at, publications, published_at FROM {s}pgbarrier_task
+          WHERE due_at IS NOT NULL AND publications > 1 AND state = 'queued'
+          ORDER BY due_at LIMIT :scan)) AS first
      WHERE published_at IS NOT NULL
        AND due_at < clock_timestamp() + make_interval(secs =>
                 :after * power(2, LEAST(GREATEST(publications - 1, 0), 12))

@@ -43,17 +43,17 @@ _DONE_ALONE = """
 """
 
 #: The outcome of a claimed attempt of a task in no chord.
-FINISH_ALONE = (
+FINISH_ALONE_BODY = (
     "UPDATE {s}pgbarrier_task SET "
     + _DONE_ALONE
     + """
  WHERE id = :id AND state = 'running' AND token = CAST(:token AS uuid) AND barrier_id IS NULL
-RETURNING NULL AS ready
+RETURNING CAST(NULL AS text) AS ready
 """
 )
 
 #: The outcome of a claimed member, counted.  The same as FINISH, for a barrier that is known.
-FINISH_MEMBER = """
+FINISH_MEMBER_BODY = """
 WITH done AS (
     UPDATE {s}pgbarrier_task
        SET state = 'done', status = :status, result = CAST(:result AS bytea), token = NULL,

@@ -12,10 +12,30 @@ DELETE FROM {s}pgbarrier_worker w
    AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_task t WHERE t.worker = w.id)
 """
 
+#: Where the next batches of expired rows end: the expiry of every ``limit``-th entry of the index.
+PURGE_BOUNDS = """
+SELECT expires_at FROM (
+    SELECT expires_at, row_number() OVER (ORDER BY expires_at) AS place FROM {s}pgbarrier_task
+     WHERE expires_at < (SELECT clock_timestamp()) AND expires_at >= CAST(:since AS timestamptz)
+     ORDER BY expires_at LIMIT :most) AS first
+ WHERE mod(place, CAST(:limit AS bigint)) = 0 ORDER BY expires_at
+"""
+
 #: Finished rows past their expiry that belong to no barrier.  Each batch begins where the last one
 #: ended, not among the entries of the index that it left dead; and none is flushed, because a row
-#: that a crash of the server brings back is deleted again.
+#: that a crash of the server brings back is deleted again.  Rows are not locked first, which costs
+#: as much as deleting them: a row that somebody holds ends the batch after ``lock_timeout``, and
+#: PURGE_UNLOCKED does it.
 PURGE_TASKS = """
+DELETE FROM {s}pgbarrier_task
+ WHERE expires_at >= CAST(:since AS timestamptz) AND expires_at < CAST(:until AS timestamptz)
+   AND state IN ('done', 'untracked') AND barrier_id IS NULL
+   AND (SELECT set_config('lock_timeout', '20ms', true)
+               || set_config('synchronous_commit', 'off', true)) IS NOT NULL
+"""
+
+#: The same without those that are locked, the last ones and those that expired at once included.
+PURGE_UNLOCKED = """
 WITH expired AS (
     SELECT ctid AS place, expires_at FROM {s}pgbarrier_task
      WHERE expires_at < (SELECT clock_timestamp()) AND expires_at >= CAST(:since AS timestamptz)

@@ -1,0 +1,26 @@
+"""The hot statements as functions, in the form in which this release calls them.
+
+Who changes one of them adds a migration like this one, which makes them again (drop it first where
+its parameters or columns change), and moves ``DIGEST`` there.
+"""
+
+from __future__ import annotations
+
+from alembic import context, op
+
+from celery_pgbarrier.store.sql.functions import FUNCTIONS
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+
+#: Of the definitions: a test tells when they have changed and no migration has.
+DIGEST = "ce7b9ec47e685136"
+
+
+def upgrade() -> None:
+    schema = context.config.attributes.get("schema")
+    prefix = f'"{schema}".' if schema else ""
+    for function in FUNCTIONS.values():
+        op.execute(function.definition.replace("{s}", prefix).replace(":", r"\:"))
