@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from celery import states
@@ -12,14 +13,14 @@ from celery.utils.log import get_logger
 from kombu.serialization import dumps
 from kombu.utils.encoding import ensure_bytes
 
-from celery_pgbarrier import capture, compat, lease, reaper, reference
+from celery_pgbarrier import ahead, capture, compat, faults, lease, reaper, reference
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable, MessageUnreadable, PgBarrierError
 from celery_pgbarrier.lease import Attempt, Claim, Held, Loss, Verdict
 from celery_pgbarrier.outcomes import PARENT_PATIENCE, Outcomes, recorded_request
 from celery_pgbarrier.reference import Reference
 from celery_pgbarrier.request import CONTENT
-from celery_pgbarrier.unit import STAMP, Fence, Stamp, Unit
+from celery_pgbarrier.unit import GRANT, NO_PROCESS, STAMP, Fence, Stamp, Unit
 
 logger = get_logger(__name__)
 
@@ -34,15 +35,22 @@ class Attempts(Outcomes):
             celery.exceptions.Ignore: the message is a duplicate or an old copy.
             celery.exceptions.Reject: PostgreSQL was away for ``pgbarrier_outcome_timeout``.
         """
+        stamp, grant = Stamp.of(request.id, request.get(STAMP)), request.get(GRANT)
+        attempt = ahead.attempt_from(grant, request.id, stamp, self._settings.heartbeat)
+        if attempt is not None:
+            attempt.ahead = not task.acks_late
+            faults.point("claim.granted")
+            return attempt
         started = task.track_started and not request.ignore_result
         meta = {"pid": lease.holder().pid, "hostname": request.hostname}
         wanted = Claim(
             task_id=request.id,
-            stamp=Stamp.of(request.id, request.get(STAMP)),
+            stamp=stamp,
             name=task.name,
             status=states.STARTED if started else None,
             result=self._meta(meta, states.STARTED, None, request) if started else None,
             envelope=lambda: self._own_envelope(request),
+            token=ahead.token_from(grant, stamp),
         )
         try:
             verdict, attempt = lease.claim(self, wanted)
@@ -107,12 +115,21 @@ class Attempts(Outcomes):
         attempt.phase = "closed"
         lease.abandon(self, attempt)
 
-    def process_lost(self, task_id: str, stamp: Stamp, pid: int | None, name: str) -> Loss:
+    def process_lost(
+        self, task_id: str, stamp: Stamp, pid: int | None, name: str, token: str | None = None
+    ) -> Loss:
         """Settle a task whose pool process died; called in the worker's parent.
+
+        Parameters:
+            token: that of the claim which the parent made for it.
 
         Raises:
             DatabaseUnavailable: PostgreSQL is away; the audit settles it later.
         """
+        # Under a claim made ahead it may have left its outcome before it died.
+        left = ahead.current if token is not None else None
+        if left is not None and not left.clerk.flush(PARENT_PATIENCE):
+            raise DatabaseUnavailable("outcomes wait for PostgreSQL")
         held = lease.inspect(self, task_id, PARENT_PATIENCE)
         if held is None:
             return Loss.UNKNOWN
@@ -122,7 +139,7 @@ class Attempts(Outcomes):
             return Loss.ELSEWHERE  # it had replaced itself: the replacement carries it on
         if held.state in ("expected", "untracked"):
             return Loss.UNKNOWN
-        if not held.is_of(stamp, lease.boot.current(), pid):
+        if not held.is_of(stamp, lease.boot.current(), pid, token):
             return Loss.ELSEWHERE
         loss = lease.put_back(self, held, lease.boot.state == "running", PARENT_PATIENCE)
         if loss is Loss.SPENT:
@@ -139,7 +156,9 @@ class Attempts(Outcomes):
 
     def fail_unclaimed(self, task_id: str, stamp: Stamp, error: PgBarrierError) -> None:
         """Fail a task that nobody has claimed, unless its row has gone on since *stamp*."""
-        with capture.parent_fence(task_id, Fence(worker=lease.boot.current(), pid=0, stamp=stamp)):
+        worker = lease.boot.current()
+        fence = partial(Fence, worker=worker, pid=NO_PROCESS, stamp=stamp)
+        with capture.parent_fence(task_id, fence):
             self.fail_recorded(task_id, None, error)
 
     def fail_recorded(self, task_id: str, token: str | None, error: Exception) -> bool:

@@ -25,7 +25,7 @@ from kombu.utils.encoding import ensure_bytes
 from celery_pgbarrier import compat, plain, reference, stub
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.lease import Attempt
-from celery_pgbarrier.unit import STAMP, Fence, Message, Stamp, Unit
+from celery_pgbarrier.unit import GRANT, STAMP, Fence, Message, Stamp, Unit
 
 logger = get_logger(__name__)
 
@@ -41,7 +41,9 @@ class _Scope:
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("pgbarrier_scope", default=None)
-_parent_fence: ContextVar[tuple[str, Fence] | None] = ContextVar("pgbarrier_fence", default=None)
+_parent_fence: ContextVar[tuple[str, Callable[[], Fence]] | None] = ContextVar(
+    "pgbarrier_fence", default=None
+)
 
 
 # -- what is going on in this thread
@@ -101,8 +103,8 @@ def into(unit: Unit, outcomes: bool = False, body: bool = False) -> Iterator[Uni
 
 
 @contextmanager
-def parent_fence(task_id: str, fence: Fence) -> Iterator[None]:
-    """Write outcomes of a task on the word of the worker's parent."""
+def parent_fence(task_id: str, fence: Callable[[], Fence]) -> Iterator[None]:
+    """Write outcomes of a task, if there are any, on the word of the worker's parent."""
     token = _parent_fence.set((task_id, fence))
     try:
         yield
@@ -117,7 +119,7 @@ def fence_for(task_id: str, request: Any) -> Fence:
         return attempt.fence()
     parent = _parent_fence.get()
     if parent is not None and parent[0] == task_id:
-        return parent[1]
+        return parent[1]()
     return Fence(has_row=is_recorded(task_id, request))
 
 
@@ -154,6 +156,7 @@ class CapturingProducer:
         task_id = headers["id"]
         stamp = Stamp(self._unit.call_of(task_id), 0, True).header(task_id)
         stamped = {**headers, STAMP: stamp}
+        stamped.pop(GRANT, None)  # of the run that retries itself
         return Message(
             task_id=task_id,
             name=headers["task"],

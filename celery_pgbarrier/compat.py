@@ -11,6 +11,7 @@ Checked against Celery 5.5.3, 5.6.3 and 5.7.0:
 - ``kombu.transport.virtual.Channel._size``: how many messages wait in a queue of a transport like
   Redis; its public passive declaration leaves out ``global_keyprefix`` (kombu 5.5 to 5.6).
 - ``Request._request_dict``: the headers of the message of a request, in a worker's parent.
+- ``WorkController.semaphore`` and ``pool_start_method``: which pool a worker has.
 - ``Task.request_stack``/``celery.current_task``: the request of the task that runs in this thread.
 """
 
@@ -73,6 +74,11 @@ def request_header(request: Any, name: str) -> Any:
     return request._request_dict.get(name)
 
 
+def forks_with_event_loop(worker: Any) -> bool:
+    """Tell whether a worker forks its pool and sends it requests from an event loop."""
+    return worker.semaphore is not None and worker.pool_start_method == "fork"
+
+
 def queue_depth(channel: Any, name: str) -> int:
     """Return how many messages wait in a queue; an error of the channel where it is gone."""
     size = getattr(channel, "_size", None)
@@ -114,7 +120,7 @@ _HEADERS = (
 def message_headers(request: Any) -> dict[str, Any]:
     """Return the message headers that a running task's request was made of."""
     headers = dict(request.headers or {})
-    for own in ("pgb_content", "pgb_attempt", "properties"):
+    for own in ("pgb_content", "pgb_attempt", "pgb_grant", "properties"):
         headers.pop(own, None)
     headers.update({key: getattr(request, key, None) for key in _HEADERS})
     headers.update(task=request.task, lang="py")

@@ -90,7 +90,8 @@ class Attempt:
     """A granted run of a task, from its claim to its outcome.
 
     ``phase`` is "body" while the task's code runs, "ended" between its return and its outcome
-    (what is published then belongs to the outcome), "closed" after.
+    (what is published then belongs to the outcome), "closed" after.  ``ahead`` tells that the
+    worker's parent claimed it (see :mod:`celery_pgbarrier.ahead`).
     """
 
     task_id: str
@@ -102,6 +103,7 @@ class Attempt:
     phase: str = "body"
     entered: bool = False
     replaced: bool = False
+    ahead: bool = False
     added: set[str] = field(default_factory=set)
     steps: set[str] = field(default_factory=set)
 
@@ -122,7 +124,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a claim writes: the message's stamp, and the message for a task without a row."""
+    """What a claim writes: the message's stamp, and the message for a task without a row.
+
+    ``token`` is that of a claim which the worker's parent has made or tried.
+    """
 
     task_id: str
     stamp: Stamp
@@ -130,6 +135,7 @@ class Claim:
     status: str | None = None
     result: bytes | None = None
     envelope: Callable[[], Envelope] | None = None
+    token: str | None = None
 
 
 def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
@@ -138,7 +144,7 @@ def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
     Raises:
         DatabaseUnavailable: PostgreSQL was away for ``pgbarrier_outcome_timeout``.
     """
-    token = str(uuid.uuid4())
+    token = request.token or str(uuid.uuid4())
     me = holder()
     stamp = request.stamp
     parameters: dict[str, object] = {
@@ -161,10 +167,13 @@ def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
         envelope.headers[STAMP] = recorded.header(request.task_id)
         usual, statement = sql.CLAIM_FIRST, sql.CLAIM_NEW
         parameters.update(name=request.name, queue=envelope.queue, message=envelope.encode())
+    if request.token is not None:
+        usual = statement  # the row, if there is one, is most likely claimed under this token
     patience = host.settings.outcome_timeout
     while True:
         rows = host.database.statement(usual, parameters, patience)
-        rows = rows or host.database.statement(statement, parameters, patience)
+        if not rows and usual != statement:
+            rows = host.database.statement(statement, parameters, patience)
         if rows:
             attempt = Attempt(
                 request.task_id, stamp, token, rows[0].attempt, rows[0].barrier_id, Unit(stamp.call)
@@ -238,10 +247,10 @@ class Held:
     barrier_id: str | None = None
     message: bytes | None = None
 
-    def is_of(self, stamp: Stamp, worker: str, pid: int | None) -> bool:
+    def is_of(self, stamp: Stamp, worker: str, pid: int | None, token: str | None) -> bool:
         """Tell whether the row is that of a message in hand: held by its process, or unclaimed."""
         if self.state == "running":
-            return self.worker == worker and self.pid == pid
+            return self.worker == worker and (self.pid == pid or self.token == (token or ""))
         return (self.call, self.seq) == (stamp.call, stamp.seq)
 
 

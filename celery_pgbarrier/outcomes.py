@@ -9,7 +9,7 @@ from celery import states
 from celery.app.task import Context
 from celery.utils.log import get_logger
 
-from celery_pgbarrier import barrier, capture, compat, lease, poison
+from celery_pgbarrier import ahead, barrier, capture, compat, lease, poison
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict, TaskPoisoned
 from celery_pgbarrier.lease import Attempt, Held
@@ -150,6 +150,9 @@ class Outcomes(Results):
         self._commit(unit, attempt, task_id)
 
     def _commit(self, unit: Unit, attempt: Attempt | None, task_id: str) -> None:
+        if attempt is not None and attempt.ahead and _left_to_parent(unit):
+            attempt.phase = "closed"
+            return
         given_up = None
         committed = None
         try:
@@ -203,6 +206,15 @@ def recorded_request(row: Held | None) -> Context | None:
     if row is None or row.message is None:
         return None
     return Context(Envelope.decode(row.message).request())
+
+
+def _left_to_parent(unit: Unit) -> bool:
+    """Leave a success from which nothing follows to the worker's parent, if it takes it."""
+    primary = unit.primary
+    if not isinstance(primary, Outcome) or primary.status != states.SUCCESS:
+        return False
+    alone = unit.plain and not (unit.inline or unit.sent_events)
+    return alone and ahead.leave(primary)
 
 
 def _call_of(request: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
@@ -11,8 +12,9 @@ from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from celery_pgbarrier import capture, lease
+from celery_pgbarrier.clerk import Grant
 from celery_pgbarrier.lease import Loss
-from celery_pgbarrier.unit import STAMP, Fence, Stamp
+from celery_pgbarrier.unit import GRANT, NO_PROCESS, STAMP, Fence, Stamp
 
 logger = get_logger(__name__)
 
@@ -23,12 +25,17 @@ CONTENT = "pgb_content"
 class BarrierRequest(Request):  # type: ignore[misc]
     """A request whose outcomes, where the parent writes them, are fenced by its pool child."""
 
+    #: The claim that was made ahead of its run, once it is sent to the pool.
+    grant: Grant | None = None
+
     def __init__(self, message: Any, **options: Any) -> None:
         try:
             super().__init__(message, **options)
         except Exception as error:
             self._unreadable(error, **options)
             raise
+        # Celery passes unknown fields of a request on to the message of its retry.
+        self._request_dict.pop(GRANT, None)
         self._request_dict[CONTENT] = [self._content_type, self._content_encoding]
 
     @staticmethod
@@ -41,14 +48,24 @@ class BarrierRequest(Request):  # type: ignore[misc]
         except Exception as trouble:
             logger.error("A message that cannot be read is settled later: %s", trouble)
 
-    @property
+    @cached_property
     def stamp(self) -> Stamp:
         """The stamp of the message in hand."""
         return Stamp.of(self.id, self._request_dict.get(STAMP))
 
+    def hand_over(self, grant: Grant) -> None:
+        """Let the pool process run the task under a claim that was made ahead."""
+        self.grant = grant
+        self._request_dict[GRANT] = grant.field()
+
     def _fenced(self) -> Any:
-        fence = Fence(worker=lease.boot.current(), pid=self.worker_pid or 0, stamp=self.stamp)
-        return capture.parent_fence(self.id, fence)
+        return capture.parent_fence(self.id, self._fence)
+
+    def _fence(self) -> Fence:
+        if self.grant is not None:
+            return self.grant.fence()
+        pid = self.worker_pid or NO_PROCESS
+        return Fence(worker=lease.boot.current(), pid=pid, stamp=self.stamp)
 
     def revoked(self) -> Any:
         """Skip a revoked or expired task; a copy never revokes the run of another process."""
@@ -91,7 +108,10 @@ class BarrierRequest(Request):  # type: ignore[misc]
     def _put_back(self) -> bool:
         """Settle the task of a lost process; False where Celery's own handling is to follow."""
         try:
-            loss = self.task.backend.process_lost(self.id, self.stamp, self.worker_pid, self.name)
+            token = self.grant.token if self.grant else None
+            loss = self.task.backend.process_lost(
+                self.id, self.stamp, self.worker_pid, self.name, token
+            )
         except Exception as error:
             # The audit of the next heartbeats settles it.
             logger.error("Task %s lost its process and is settled later: %s", self.id, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,10 @@ OPTIONS = (
            "how long a finished row still recognises a late copy; at least result_expires",
            "s", 1, None, optional=True),
     Option("batch_size", int, 1000, "rows per statement of periodic and bulk work", "", 1, 100000),
+    Option("claim_ahead", int, 32,
+           "up to how many waiting messages of short tasks a busy prefork worker claims in one "
+           "statement; 0: each process claims for itself",
+           "messages", 0, 10000),
     Option("inline_results", int, 32768,
            "up to how many bytes of encoded results a chord's body gets in its message",
            "bytes", 0, None),
@@ -118,6 +123,7 @@ class Settings:
     publish_grace: float
     dedup_expires: float | None
     batch_size: int
+    claim_ahead: int
     inline_results: int
     sweeps: dict[str, Any] | None
     schema: str | None
@@ -131,7 +137,8 @@ def load(conf: Mapping[str, Any]) -> Settings:
 
     Raises:
         ConfigurationError: an unknown key (the nearest valid one is named), a value of the wrong
-            type or out of bounds, or a heartbeat above a third of the lease.
+            type or out of bounds, a heartbeat above a third of the lease, a schema that cannot be
+            one, or options of a sweep that are none.
     """
     _refuse_unknown(conf)
     values = {option.name: option.check(conf.get(option.key, option.default)) for option in OPTIONS}
@@ -141,6 +148,17 @@ def load(conf: Mapping[str, Any]) -> Settings:
             f"pgbarrier_heartbeat ({settings.heartbeat:g} s) must be at most a third of "
             f"pgbarrier_lease ({settings.lease:g} s): lower the one or raise the other"
         )
+    if settings.schema is not None and not re.fullmatch(r'[^"\x00]{1,63}', settings.schema):
+        raise ConfigurationError(
+            f"pgbarrier_schema is not the name of a schema: {settings.schema!r}: use 1 to 63 "
+            "characters without quotation marks, or None for the search path's first"
+        )
+    for name, options in (settings.sweeps or {}).items():
+        if not isinstance(options, Mapping):
+            raise ConfigurationError(
+                f"pgbarrier_sweeps[{name!r}] must be a dict of options, such as "
+                f"{{'enabled': False}}, got {options!r}"
+            )
     return settings
 
 

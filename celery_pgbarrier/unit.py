@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from celery import Celery
@@ -72,6 +73,12 @@ class Stamp:
         )
 
 
+#: The request field by which a pool process is told of its task's claim.
+GRANT = "pgb_grant"
+#: The ``pid`` of a :class:`Fence` where no process runs the task.
+NO_PROCESS = -1
+
+
 @dataclass(frozen=True)
 class Fence:
     """On whose word an outcome is written.
@@ -105,6 +112,11 @@ class Outcome:
     visible: bool = True
     fence: Fence = field(default_factory=Fence)
     write_token: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    @property
+    def stored_status(self) -> str:
+        """The state that callers see."""
+        return self.status if self.visible else "PENDING"
 
 
 @dataclass
@@ -212,7 +224,6 @@ class Unit:
 
     def __init__(self, parent_call: str | None = None) -> None:
         self.parent_call = parent_call
-        self.call = str(uuid.uuid4())
         self.primary: Outcome | HandOver | None = None
         self.outcomes: dict[str, Outcome] = {}
         self.events: list[Message | Barrier] = []
@@ -220,6 +231,11 @@ class Unit:
         self.sent_events: list[Callable[[Any], Any]] = []
         self.inline: list[Callable[[], None]] = []
         self.poison: Poison | None = None
+
+    @cached_property
+    def call(self) -> str:
+        """The call of what has no parent call."""
+        return str(uuid.uuid4())
 
     def message_of(self, task_id: str) -> Message | None:
         """Return the captured message of a task."""

@@ -9,16 +9,21 @@ import threading
 from typing import Any
 
 from celery import Celery, bootsteps
-from celery.signals import worker_init, worker_shutdown
+from celery.signals import task_received, worker_init, worker_process_init, worker_shutdown
 from celery.worker import state as worker_state
 
-from celery_pgbarrier import compat, lease, reaper
+from celery_pgbarrier import ahead, compat, lease, reaper
 from celery_pgbarrier.errors import DatabaseUnavailable
+from celery_pgbarrier.request import BarrierRequest
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.unit import STAMP, Stamp
 
 logger = logging.getLogger(__name__)
 
+#: How long the end of a worker waits for outcomes that its processes left (seconds).
+_SETTLING = 10.0
+#: How long the end of a consumer waits for the release of what waits claimed (seconds).
+_WITHDRAWING = 1.0
 #: Looks at which a claim must be found idle before it is released.
 _LOOKS = 2
 
@@ -61,6 +66,8 @@ class Keeper:
 
     def stop(self) -> None:
         """End the threads and give what is still claimed back at once."""
+        if ahead.current is not None:
+            ahead.current.clerk.stop(_SETTLING)
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=2.0)
@@ -126,20 +133,31 @@ def audit(host: Any, idle: dict[str, int]) -> dict[str, int]:
     parameters = {"worker": lease.boot.current(), "limit": host.settings.batch_size}
     claims = host.database.statement(sql.CLAIMS_OF, parameters)
     running = _running()
+    if ahead.current is not None:
+        running |= ahead.current.clerk.settling
     seen: dict[str, int] = {}
+    settled = False
     for claim in claims:
         key = claim.token or claim.id
         if claim.id in running:
             continue
         seen[key] = idle.get(key, 0) + 1
         if seen[key] >= _LOOKS:
+            if not settled and not _all_settled():
+                return idle  # it may have left its outcome: the next look tells
+            settled = True
             logger.warning("Task %s is claimed but not running, it is settled", claim.id)
             cancelled = claim.id in lease.boot.cancelled or lease.boot.state != "running"
             lease.boot.cancelled.discard(claim.id)
-            crash = not (cancelled or _alive(claim.pid))
+            crash = not (cancelled or _alive(claim.pid))  # 0: no process had begun
             reaper.settle_claim(host, claim, crash, reaper.Counts())
             del seen[key]
     return seen
+
+
+def _all_settled() -> bool:
+    """Tell whether nothing that pool processes left so far waits for its commit."""
+    return ahead.current is None or ahead.current.clerk.flush(_WITHDRAWING)
 
 
 def hold(host: Any, before: set[tuple[str, str, int]]) -> set[tuple[str, str, int]]:
@@ -183,6 +201,8 @@ def _running() -> set[str]:
 
 
 def _alive(pid: int) -> bool:
+    if not pid:
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -205,10 +225,23 @@ class BarrierStep(bootsteps.StartStopStep):  # type: ignore[misc]
         lease.boot.begin(parent.hostname)
         self._keeper: Keeper | None = None
 
+    def create(self, parent: Any) -> None:
+        """Prepare what pool processes inherit; the pool starts after this."""
+        settings = parent.app.backend.settings
+        # Where a first crash is final, a claim must tell of a run.
+        wanted = settings.claim_ahead and settings.max_crashes > 1
+        if wanted and compat.forks_with_event_loop(parent):
+            try:
+                ahead.current = ahead.Ahead(settings.claim_ahead, parent.concurrency)
+            except OSError as error:  # sockets of this kind are Linux's
+                logger.info("Each process claims for itself: %s", error)
+
     def start(self, parent: Any) -> None:
         """Start the keeper once the pool is up."""
         self._keeper = Keeper(parent.app.backend)
         self._keeper.start()
+        if ahead.current is not None:
+            ahead.current.clerk.start(parent.app.backend.private)
         worker_shutdown.connect(self._shut_down, sender=parent, weak=False)
 
     def stop(self, parent: Any) -> None:
@@ -225,9 +258,21 @@ class BarrierStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._keeper = None
 
 
+class AheadStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Releases what waits claimed when the consumer stops: at shutdown, at a lost connection."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def stop(self, parent: Any) -> None:
+        """Release it before the broker brings the messages again."""
+        if ahead.current is not None:
+            ahead.current.withdraw(_WITHDRAWING)
+
+
 def install(app: Celery) -> None:
     """Give every worker of an app the keeper; a second call changes nothing."""
     app.steps["worker"].add(BarrierStep)
+    app.steps["consumer"].add(AheadStep)
 
 
 def _on_worker_init(sender: Any = None, **_: Any) -> None:
@@ -237,4 +282,16 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
         sender.app.backend  # noqa: B018
 
 
+def _on_task_received(request: Any = None, **_: Any) -> None:
+    if ahead.current is not None and isinstance(request, BarrierRequest):
+        ahead.current.received(request)
+
+
+def _on_process_init(**_: Any) -> None:
+    if ahead.current is not None:
+        ahead.current.clerk.inherit()
+
+
 worker_init.connect(_on_worker_init, weak=False)
+task_received.connect(_on_task_received, weak=False)
+worker_process_init.connect(_on_process_init, weak=False)

@@ -44,7 +44,7 @@ def outcome_parameters(host: Host, outcome: Outcome) -> dict[str, Any]:
     stamp = fence.stamp
     return {
         "id": outcome.task_id,
-        "status": outcome.status if outcome.visible else "PENDING",
+        "status": outcome.stored_status,
         "result": outcome.result,
         "write_token": outcome.write_token,
         "expires": host.keep,

@@ -26,7 +26,7 @@ MORTAL = 3
 
 IN_A_BODY = """
 SELECT count(*) FROM pgbarrier_task
- WHERE state = 'running' AND name = :name AND pid = ANY(:pids)
+ WHERE state = 'running' AND name = :name AND (pid = ANY(:pids) OR pid = 0)
 """
 
 

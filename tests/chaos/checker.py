@@ -94,7 +94,9 @@ class Evidence:
         stored = self.stored[start.task_id]
         if not stored or start.at <= min(stored):
             return False
-        claims = [at for at in self.claims[start.task_id, start.pid] if at < start.at]
+        # A claim that was made ahead is its parent's, with process id 0.
+        own = self.claims[start.task_id, start.pid] + self.claims[start.task_id, 0]
+        claims = [at for at in own if at < start.at]
         return not claims or max(claims) > min(stored)
 
 

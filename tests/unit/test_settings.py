@@ -106,3 +106,14 @@ def test_task_protocol_1_is_refused() -> None:
     app.conf.update(task_protocol=1)
     with pytest.raises(Exception, match="task_protocol = 2"):
         _ = app.backend
+
+
+@pytest.mark.parametrize("name", ["", 'a"b', "a\0b", "x" * 64])
+def test_a_schema_that_cannot_be_one(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="pgbarrier_schema"):
+        load({"pgbarrier_schema": name})
+
+
+def test_options_of_a_sweep_that_are_none() -> None:
+    with pytest.raises(ConfigurationError, match=r"pgbarrier_sweeps\['documents'\].*dict"):
+        load({"pgbarrier_sweeps": {"documents": 3}})

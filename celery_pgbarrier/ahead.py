@@ -1,0 +1,180 @@
+"""A busy worker claims what waits in it, and commits what its processes finish, in batches.
+
+A claim and an outcome each cost a round trip, a statement to plan and, for an outcome, a flush;
+eight in one statement cost little more than one.  So while messages of short tasks wait in a
+prefork worker for a free process, its clerk (:mod:`celery_pgbarrier.clerk`) claims the next ones
+ahead, and the process that runs a task claimed so leaves the plain outcome of its success to the
+clerk.  All else (an idle worker, long tasks, retries, failures, links, late acknowledgement) goes
+the way for one task; so does whatever a batch leaves out, and a claim that has grown older than a
+heartbeat is made sure of by the process before it runs the task.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from kombu.utils.encoding import ensure_bytes
+
+from celery_pgbarrier.clerk import LARGEST, Clerk, Grant, now
+from celery_pgbarrier.envelope import Envelope
+from celery_pgbarrier.lease import Attempt, boot
+from celery_pgbarrier.unit import STAMP, Outcome, Stamp, Unit
+
+#: Tasks that take longer (seconds, on average) are not claimed ahead: it would save nothing, and a
+#: claim that waits is one that a dead worker keeps for a lease.
+_SHORT = 0.05
+#: The weight of the last run in the average.
+_LAST = 0.2
+
+
+# -- in a pool process
+
+
+def attempt_from(
+    field: Sequence[Any] | None, task_id: str, stamp: Stamp, longest: float
+) -> Attempt | None:
+    """Return the attempt that a request's grant stands for.
+
+    Parameters:
+        longest: seconds after which a grant must be made sure of (None is returned).
+    """
+    if not field or not _is_of(field, stamp) or not field[1] or now() - field[1] > longest:
+        return None
+    return Attempt(task_id, stamp, field[0], 1, field[2], Unit(stamp.call), ahead=True)
+
+
+def token_from(field: Sequence[Any] | None, stamp: Stamp) -> str | None:
+    """Return the token under which the clerk has claimed a task, or tried to."""
+    return str(field[0]) if field and _is_of(field, stamp) else None
+
+
+def _is_of(field: Sequence[Any], stamp: Stamp) -> bool:
+    """Tell whether a grant is this worker's for this very message."""
+    return tuple(field[3:]) == (boot.current(), stamp.seq)
+
+
+def leave(outcome: Outcome) -> bool:
+    """Leave an outcome to the clerk of the worker; False where that cannot be."""
+    return current is not None and current.pid != os.getpid() and current.clerk.leave(outcome)
+
+
+# -- in the worker's parent, in the thread of its event loop
+
+
+class Ahead:
+    """What waits in a worker for a process, and what of it is claimed.
+
+    Parameters:
+        most: messages per claiming statement.
+        processes: of the pool.
+    """
+
+    def __init__(self, most: int, processes: int) -> None:
+        self.pid = os.getpid()
+        self.clerk = Clerk()
+        self._most, self._processes = most, processes
+        self._waiting: dict[Any, None] = {}
+        self._granted: dict[Any, Grant] = {}
+        self._takes: dict[str, float] = {}
+        self.clerk.quiet.set()
+
+    def received(self, request: Any) -> None:
+        """Take note of a request that may have to wait for a process."""
+        if not _eligible(request):
+            return
+        request.on_success = partial(self._succeeded, request)
+        if self._takes.get(request.task.name, _SHORT) < _SHORT:
+            self._waiting[request] = None
+            # Where it has not to wait, this is undone at once.
+            request.execute_using_pool = partial(self._execute, request)
+            self._look()
+
+    def _succeeded(self, request: Any, result: Any, **options: Any) -> Any:
+        """Take note of how long a task took."""
+        del request.on_success  # the class's own from here on; and a reference cycle less
+        name, took = request.task.name, result[2]
+        if took is not None:  # as it is where the task was ignored
+            before = self._takes.get(name, took)
+            self._takes[name] = before + _LAST * (took - before)
+        return request.on_success(result, **options)
+
+    def _execute(self, request: Any, pool: Any, **options: Any) -> Any:
+        """Send a request to the pool, with its claim where there is one."""
+        del request.execute_using_pool
+        self._waiting.pop(request, None)
+        grant = self._granted.pop(request, None)
+        if grant is not None:
+            request.hand_over(grant)
+        self._look()
+        return request.execute_using_pool(pool, **options)
+
+    def _look(self) -> None:
+        """Have the next batch claimed when it is time; tell whether more outcomes are to come."""
+        granted, waiting, few = len(self._granted), len(self._waiting), self._processes
+        soon = waiting >= 2 * few and granted < 2 * few  # more at once, rather than at once
+        if (soon or (waiting >= 2 and granted < few)) and self.clerk.claiming:
+            requests = list(islice(self._waiting, self._most))
+            for request in requests:
+                del self._waiting[request]
+                self._granted[request] = Grant(
+                    request.id, request.stamp, request.task.name, partial(_envelope, request)
+                )
+            self.clerk.claim([self._granted[request] for request in requests])
+        if self.clerk.quiet.is_set() is bool(self._granted):
+            (self.clerk.quiet.clear if self._granted else self.clerk.quiet.set)()
+
+    def withdraw(self, patience: float) -> None:
+        """Release what waits claimed: the broker brings these messages to whoever is there."""
+        granted, self._granted = self._granted, {}
+        for request in [*granted, *self._waiting]:
+            del request.execute_using_pool
+        self._waiting.clear()
+        self.clerk.quiet.set()
+        if granted:
+            self.clerk.release(list(granted.values()), patience)
+
+
+#: The one of this worker; pool processes inherit it.
+current: Ahead | None = None
+
+
+def _eligible(request: Any) -> bool:
+    """Tell whether a request is claimed ahead: one that may start as soon as a process is free."""
+    task = request.task
+    return not (
+        request.eta is not None
+        or task.rate_limit
+        or request.content_type is None  # an older protocol, read already
+        or "compression" in request.message.headers
+        or not (request.stamp.recorded or len(request.body) <= LARGEST)
+        or (task.track_started and not request.ignore_result)  # STARTED is stored with a claim
+    )
+
+
+def _envelope(request: Any) -> Envelope:
+    """Return the message of a request as it is recorded, so that it can be put back."""
+    delivery, properties = request.delivery_info, request.message.properties or {}
+    exchange = delivery.get("exchange") or ""
+    routing_key = delivery.get("routing_key") or ""
+    stamp = request.stamp
+    recorded = Stamp(stamp.call, stamp.seq, True).header(request.id)
+    kept = {
+        "correlation_id": request.correlation_id,
+        "reply_to": request.reply_to,
+        "priority": properties.get("priority"),
+        "delivery_mode": 2,
+    }
+    return Envelope(
+        body=ensure_bytes(request.body),
+        content_type=request.content_type,
+        content_encoding=request.content_encoding,
+        exchange=exchange,
+        routing_key=routing_key,
+        headers={**request.message.headers, STAMP: recorded},
+        declare=[] if exchange else [routing_key],
+        properties={key: value for key, value in kept.items() if value is not None},
+    )
