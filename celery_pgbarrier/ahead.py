@@ -157,24 +157,13 @@ def _eligible(request: Any) -> bool:
 
 def _envelope(request: Any) -> Envelope:
     """Return the message of a request as it is recorded, so that it can be put back."""
-    delivery, properties = request.delivery_info, request.message.properties or {}
-    exchange = delivery.get("exchange") or ""
-    routing_key = delivery.get("routing_key") or ""
-    stamp = request.stamp
-    recorded = Stamp(stamp.call, stamp.seq, True).header(request.id)
-    kept = {
-        "correlation_id": request.correlation_id,
-        "reply_to": request.reply_to,
-        "priority": properties.get("priority"),
-        "delivery_mode": 2,
-    }
-    return Envelope(
-        body=ensure_bytes(request.body),
-        content_type=request.content_type,
-        content_encoding=request.content_encoding,
-        exchange=exchange,
-        routing_key=routing_key,
-        headers={**request.message.headers, STAMP: recorded},
-        declare=[] if exchange else [routing_key],
-        properties={key: value for key, value in kept.items() if value is not None},
+    recorded = Stamp(request.stamp.call, request.stamp.seq, True).header(request.id)
+    return Envelope.delivered(
+        ensure_bytes(request.body),
+        (request.content_type, request.content_encoding),
+        {**request.message.headers, STAMP: recorded},
+        request.delivery_info,
+        correlation_id=request.correlation_id,
+        reply_to=request.reply_to,
+        priority=request.delivery_info.get("priority"),
     )

@@ -70,23 +70,14 @@ class Attempts(Outcomes):
         body = (request.args or (), request.kwargs or {}, embed)
         content_type, encoding, payload = dumps(body, serializer)
         delivery = request.delivery_info or {}
-        routing_key = delivery.get("routing_key") or ""
-        exchange = delivery.get("exchange") or ""
-        properties = {
-            "correlation_id": request.correlation_id,
-            "reply_to": request.reply_to,
-            "priority": delivery.get("priority"),
-            "delivery_mode": 2,
-        }
-        return Envelope(
-            body=ensure_bytes(payload),
-            content_type=content_type,
-            content_encoding=encoding,
-            exchange=exchange,
-            routing_key=routing_key,
-            headers=compat.message_headers(request),
-            declare=[] if exchange else [routing_key],
-            properties={key: value for key, value in properties.items() if value is not None},
+        return Envelope.delivered(
+            ensure_bytes(payload),
+            (content_type, encoding),
+            compat.message_headers(request),
+            delivery,
+            correlation_id=request.correlation_id,
+            reply_to=request.reply_to,
+            priority=delivery.get("priority"),
         )
 
     def read_results(self, found: Reference, lazy: bool) -> Any:

@@ -89,8 +89,6 @@ class Clerk:
         self.claiming = True
         #: Set while no messages wait in the worker: there is no use in waiting for more outcomes.
         self.quiet = threading.Event()
-        #: Tasks whose outcomes are in hand: they run no longer, but their claims are no orphans.
-        self.settling: set[str] = set()
 
     def start(self, make_host: Callable[[], Releasing]) -> None:
         """Start the threads, each with a backend of its own."""
@@ -183,10 +181,8 @@ class Clerk:
                 else:
                     with _logged("An outcome cannot be read, its task runs again"):
                         outcomes.append(pickle.loads(data))
-            self.settling = {outcome.task_id for outcome in outcomes}
             with _logged("Outcomes are lost, their tasks run again"):
                 _commit(host, outcomes)
-            self.settling = set()
             for mark in marks:
                 if (done := self._marks.get(mark)) is not None:
                     done.set()

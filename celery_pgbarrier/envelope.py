@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,38 @@ class Envelope:
     headers: dict[str, Any]
     declare: list[str] = field(default_factory=list)
     properties: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def delivered(
+        cls,
+        body: bytes,
+        content: tuple[str, str],
+        headers: dict[str, Any],
+        delivery: Mapping[str, Any],
+        **properties: Any,
+    ) -> Envelope:
+        """Return a message that a worker was given, so that it can be put back where it came from.
+
+        Parameters:
+            content: type and encoding of the body.
+            delivery: exchange and routing key, as of ``request.delivery_info``.
+            properties: those that are None are left out.
+        """
+        exchange = delivery.get("exchange") or ""
+        routing_key = delivery.get("routing_key") or ""
+        return cls(
+            body=body,
+            content_type=content[0],
+            content_encoding=content[1],
+            exchange=exchange,
+            routing_key=routing_key,
+            headers=headers,
+            declare=[] if exchange else [routing_key],
+            properties={
+                "delivery_mode": 2,
+                **{key: value for key, value in properties.items() if value is not None},
+            },
+        )
 
     @property
     def queue(self) -> str:

@@ -133,8 +133,6 @@ def audit(host: Any, idle: dict[str, int]) -> dict[str, int]:
     parameters = {"worker": lease.boot.current(), "limit": host.settings.batch_size}
     claims = host.database.statement(sql.CLAIMS_OF, parameters)
     running = _running()
-    if ahead.current is not None:
-        running |= ahead.current.clerk.settling
     seen: dict[str, int] = {}
     settled = False
     for claim in claims:
