@@ -273,6 +273,7 @@ def _commit_many(host: Releasing, statement: str, left: dict[str, Outcome]) -> l
         "results": array(outcome.result for outcome in outcomes),
         "write_tokens": array(outcome.write_token for outcome in outcomes),
         "expires": host.keep,
+        "barriers": array({o.fence.barrier for o in outcomes if o.fence.barrier}),
     }
     rows = host.database.statement(statement, parameters, host.settings.outcome_timeout)
     for row in rows:

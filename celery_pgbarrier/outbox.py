@@ -1,4 +1,8 @@
-"""What a committed unit sends: its messages, which are marked as published."""
+"""What a committed unit sends: its messages, and the word that they are published.
+
+Members are recorded as published, and one row a barrier says that this is still to be done: it is
+deleted at the end.  Other messages are marked one by one.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,40 @@ from typing import Any
 
 from celery_pgbarrier import dispatch
 from celery_pgbarrier.store import sql
-from celery_pgbarrier.store.tasks import array
+from celery_pgbarrier.store.tasks import FEW, array
 from celery_pgbarrier.unit import Host, Unit
 
 logger = logging.getLogger(__name__)
 
 
 def publish(host: Host, unit: Unit) -> None:
-    """Publish a committed unit's messages and mark them, batch by batch; nothing is raised."""
+    """Publish a committed unit's messages and say so, batch by batch; nothing is raised."""
     messages, batch = unit.messages, host.settings.batch_size
-    for start in range(0, len(messages), batch):
-        chunk = messages[start : start + batch]
-        taken = dispatch.publish(host.app, [(m.task_id, m.envelope) for m in chunk])
-        mark_published(host, taken)
+    left = messages
+    while left:
+        chunk, rest = left[:batch], left[batch:]
+        taken = set(dispatch.publish(host.app, [(m.task_id, m.envelope) for m in chunk]))
+        sent = [m.task_id for m in chunk if m.task_id in taken and not m.presumed]
+        mark_published(host, sent)
+        left = [m for m in chunk if m.task_id not in taken] + rest
         if len(taken) < len(chunk):  # the broker is away: the reaper does the rest
             break
+    if unit.barriers:
+        missed = [m.task_id for m in left if m.presumed]
+        _quietly(partial(_confirm, host, unit, missed), "saying that a chord is published")
     for send in unit.sent_events:
         _quietly(partial(_send_event, host, send), "task-sent event")
+
+
+def _confirm(host: Host, unit: Unit, missed: list[str]) -> None:
+    """Tell of all messages of a unit's barriers but *missed* that they are published."""
+    database, settings = host.database, host.settings
+    for start in range(0, len(missed), settings.batch_size):
+        ids = missed[start : start + settings.batch_size]
+        parameters = {"ids": ids, "after": settings.publish_grace, "unpublished": True}
+        database.count(sql.TASKS_DEFER, parameters, 1.0)
+    barriers = array(barrier.id for barrier in unit.barriers)
+    database.count(sql.DISPATCH_DONE, {"ids": barriers}, 1.0)
 
 
 def _send_event(host: Host, send: Callable[[Any], Any]) -> None:
@@ -37,7 +58,8 @@ def mark_published(host: Host, ids: list[str]) -> None:
     """Mark messages as published; where that fails, the reaper publishes them once more."""
     if ids:
         parameters = {"ids": array(ids), "after": host.settings.republish_after}
-        mark = partial(host.database.count, sql.TASKS_PUBLISHED, parameters, 1.0)
+        statement = sql.TASKS_PUBLISHED_FEW if len(ids) <= FEW else sql.TASKS_PUBLISHED
+        mark = partial(host.database.count, statement, parameters, 1.0)
         _quietly(mark, "marking messages as published")
 
 

@@ -134,8 +134,8 @@ def _rejoin(connection: Connection, host: Host, row: Row[Any], call: str, messag
 
 
 def _record(connection: Connection, host: Host, row: tasks.Row) -> None:
-    grace = host.settings.publish_grace
-    if tasks.record(connection, host.database.sql, [row], grace, 1) is not None:
+    waits = tasks.Waits(host.settings.publish_grace, host.settings.republish_after)
+    if tasks.record(connection, host.database.sql, [row], waits, 1) is not None:
         raise DispatchConflict(
             f"task {row.id} cannot be put back now: it runs again already, or its chord is just "
             "being closed"

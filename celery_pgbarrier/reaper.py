@@ -79,6 +79,7 @@ def run_once(host: Failing) -> Counts:
     counts.barriers_recounted += mended.barriers_recounted
     counts.members_revived += mended.members_revived
     _release_barriers(host, counts)
+    counts.messages_published += relay.publish_interrupted(host)
     relayed = relay.publish_due(host)
     counts.messages_published += relayed.published + relay.publish_lost(host)
     counts.messages_deferred += relayed.deferred

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, Row
 
-from celery_pgbarrier import faults, queues
+from celery_pgbarrier import faults, queues, reference
 from celery_pgbarrier.dispatch import publish
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import NeverClaimed, PgBarrierError
@@ -189,6 +189,32 @@ def _give_up(host: GivingUp, row: Row[Any]) -> bool:
         logger.exception("Task %s is given up in a later pass", row.id)
         return False
     return True
+
+
+# -- producers that died
+
+
+def publish_interrupted(host: Host) -> int:
+    """Publish members whose producer did not say that it has published them; return how many.
+
+    Those that a worker has claimed are not touched; copies of others are dropped at their claim.
+
+    Raises:
+        DatabaseUnavailable: PostgreSQL is away.
+    """
+    published, size = 0, host.settings.batch_size
+    for row in host.database.statement(sql.DISPATCHES_DUE, {"limit": size}):
+        for start, stop in reference.windows(row.size, size):
+            window = {"id": row.id, "start": start, "stop": stop}
+            taken = host.database.transaction(partial(_take_unconfirmed, host, window))
+            published += _publish(host, taken) if taken else 0
+        host.database.count(sql.DISPATCH_DONE, {"ids": [row.id]})
+    return published
+
+
+def _take_unconfirmed(host: Host, window: dict[str, Any], connection: Connection) -> list[Row[Any]]:
+    found = connection.execute(host.database.sql[sql.MESSAGES_UNCONFIRMED], window)
+    return _advance(host, connection, list(found.scalars()))
 
 
 # -- queues that are empty

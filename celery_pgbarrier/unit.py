@@ -137,7 +137,10 @@ class HandOver:
 
 
 class Message:
-    """A captured task message, kept encoded, and what its fields say of barriers."""
+    """A captured task message, kept encoded, and what its fields say of barriers.
+
+    ``presumed``: it is recorded as published, because its barrier tells whether all of them are.
+    """
 
     __slots__ = (
         "chain",
@@ -146,6 +149,7 @@ class Message:
         "group",
         "in_chord",
         "name",
+        "presumed",
         "queue",
         "reads",
         "task_id",
@@ -171,6 +175,7 @@ class Message:
         self.in_chord = in_chord
         self.chain = chain
         self.reads = reads
+        self.presumed = False
 
     @property
     def envelope(self) -> Envelope:

@@ -116,6 +116,12 @@ def _write_primary(connection: Connection, host: Host, unit: Unit) -> str | None
     return ready
 
 
+def waits_for(host: Host, unit: Unit) -> tasks.Waits:
+    """Return when a unit's messages are due, given that they are published one after another."""
+    settings, publishing = host.settings, _PER_MESSAGE * len(unit.events)
+    return tasks.Waits(settings.publish_grace + publishing, settings.republish_after + publishing)
+
+
 def _places(unit: Unit) -> dict[str, tuple[str, int, int]]:
     """Return the barrier, slot and position of each member that a unit's barriers wait for."""
     places: dict[str, tuple[str, int, int]] = {}
@@ -136,6 +142,7 @@ def _rows(unit: Unit) -> Iterator[tasks.Row]:
         if message.task_id == own:  # its row is written with the claim's end
             continue
         barrier_id, slot, position = places.pop(message.task_id, (None, None, None))
+        message.presumed = barrier_id is not None
         yield tasks.Row(
             message.task_id,
             unit.call_of(message.task_id),
@@ -163,7 +170,9 @@ def _refuse_twice(barrier: Barrier, members: list[str]) -> None:
     )
 
 
-def _open(connection: Connection, host: Host, unit: Unit, barrier: Barrier) -> str | None:
+def _open(
+    connection: Connection, host: Host, unit: Unit, barrier: Barrier, grace: float
+) -> str | None:
     """Open a barrier; return its id where it is complete from the start (no members)."""
     members = unit.members_of(barrier)
     _refuse_twice(barrier, members)
@@ -171,7 +180,7 @@ def _open(connection: Connection, host: Host, unit: Unit, barrier: Barrier) -> s
     body_calls = [unit.call_of(task_id) for task_id in body_ids]
     call = unit.call_of(barrier.id)
     new = tasks.New(
-        barrier.id, call, len(members), barrier.body, barrier.structure, body_ids, body_calls
+        barrier.id, call, len(members), barrier.body, barrier.structure, body_ids, body_calls, grace
     )
     opened, live = tasks.open_barrier(connection, host.database.sql, new)
     if live is not None:
@@ -210,10 +219,10 @@ def write(connection: Connection, host: Host, unit: Unit) -> Committed:
         # A task of this id that another call is running has nothing to do with this unit.
         outcome.fence = Fence(stamp=Stamp(unit.call_of(task_id)))
         ready.append(_write_outcome(connection, host, outcome)[1])
-    ready += [_open(connection, host, unit, barrier) for barrier in unit.barriers]
-    grace = host.settings.publish_grace + _PER_MESSAGE * len(unit.events)
+    waits = waits_for(host, unit)
+    ready += [_open(connection, host, unit, barrier, waits.grace) for barrier in unit.barriers]
     foreign = tasks.record(
-        connection, host.database.sql, _rows(unit), grace, host.settings.batch_size
+        connection, host.database.sql, _rows(unit), waits, host.settings.batch_size
     )
     if foreign is not None:
         raise DispatchConflict(f"task id {foreign} is used again while its first run goes on")

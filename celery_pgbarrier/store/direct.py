@@ -16,6 +16,8 @@ from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import DBAPIError
 
+from celery_pgbarrier.store.sql import Statements
+
 
 def run(
     connection: Connection, statement: str, parameters: Mapping[str, Any]
@@ -48,6 +50,18 @@ def run(
         connection.invalidate()
         raise
     return rows, touched
+
+
+def rows(
+    connection: Any, statements: Statements, template: str, parameters: Mapping[str, Any]
+) -> list[Any]:
+    """Run a statement in the caller's transaction and return its rows.
+
+    A transaction of the user's code runs it by the means that it was begun with.
+    """
+    if isinstance(connection, Connection):
+        return run(connection, statements.plain(template), parameters)[0]
+    return list(connection.execute(statements[template], parameters))
 
 
 @lru_cache(maxsize=256)

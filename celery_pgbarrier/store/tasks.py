@@ -10,12 +10,14 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from celery_pgbarrier.store import sql
+from celery_pgbarrier.store import direct, sql
 from celery_pgbarrier.store.sql import Statements
 
 #: Slots per barrier: the square root of its size, so that a slot row and the barrier row are each
 #: locked by about as many members; at most as many as there can usefully be connections.
 _MOST_SLOTS = 256
+#: Up to how many rows the plan that a function keeps is good enough.
+FEW = 100
 
 
 def slots_for(size: int) -> int:
@@ -39,8 +41,24 @@ class Row:
     reads: str | None = None
 
 
+@dataclass(frozen=True)
+class Waits:
+    """When recorded messages are due (seconds from now).
+
+    Those that are not marked as published, or whose barrier's are not, after ``grace``; those that
+    nobody has claimed after ``after``.
+    """
+
+    grace: float
+    after: float
+
+
 def record(
-    connection: Connection, statements: Statements, rows: Iterable[Row], grace: float, batch: int
+    connection: Connection,
+    statements: Statements,
+    rows: Iterable[Row],
+    waits: Waits,
+    batch: int,
 ) -> str | None:
     """Insert rows in batches; return an id that another call uses, None if there is none."""
     rows = iter(rows)
@@ -56,10 +74,12 @@ def record(
             "messages": array(row.message for row in chunk),
             "etas": array(row.eta for row in chunk),
             "reads": array(row.reads for row in chunk),
-            "grace": grace,
+            "grace": waits.grace,
+            "after": waits.after,
         }
-        taken = connection.execute(statements[sql.TASKS_RECORD], columns).scalar_one()
-        if taken == len(chunk):
+        statement = sql.TASKS_RECORD_FEW if len(chunk) <= FEW else sql.TASKS_RECORD
+        (taken,) = direct.rows(connection, statements, statement, columns)
+        if taken.recorded == len(chunk):
             continue
         ids = {key: columns[key] for key in ("ids", "calls", "barriers")}
         foreign: str | None = connection.execute(statements[sql.TASKS_FOREIGN], ids).scalar()
@@ -89,7 +109,10 @@ def _element(value: str | bytes | int | None) -> str:
 
 @dataclass(frozen=True)
 class New:
-    """A barrier to open, and the tasks of its body with the calls that they belong to."""
+    """A barrier to open, and the tasks of its body with the calls that they belong to.
+
+    ``grace``: seconds within which its members' messages are to be published.
+    """
 
     id: str
     call: str
@@ -98,6 +121,7 @@ class New:
     structure: bytes | None
     body_ids: Sequence[str]
     body_calls: Sequence[str]
+    grace: float
 
 
 def open_barrier(
@@ -121,8 +145,9 @@ def open_barrier(
         "remaining": array(remaining),
         "body_ids": array(barrier.body_ids),
         "body_calls": array(barrier.body_calls),
+        "grace": barrier.grace,
     }
-    row = connection.execute(statements[sql.BARRIER_OPEN], parameters).one()
+    (row,) = direct.rows(connection, statements, sql.BARRIER_OPEN, parameters)
     if row.fresh is None:
         mine = {"id": barrier.id}
         return connection.execute(statements[sql.BARRIER_CALL], mine).scalar() == barrier.call, None

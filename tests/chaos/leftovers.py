@@ -25,7 +25,8 @@ SELECT table_name AS name FROM information_schema.columns
  WHERE column_name = 'expires_at' AND table_name LIKE 'pgbarrier%'
 """
 
-SLOTS = "pgbarrier_slot"
+#: What goes without an expiry of its own.
+UNDATED = ("pgbarrier_slot", "pgbarrier_dispatch")
 
 
 def open_rows(stage: Stage) -> list[str]:
@@ -55,7 +56,7 @@ def _unpurged(stage: Stage) -> list[str]:
     def purged() -> bool:
         """Purge; what a worker's reaper is purging at that moment is gone a moment later."""
         _purge(stage)
-        for table in [*tables, SLOTS]:
+        for table in [*tables, *UNDATED]:
             counts[table] = stage.query(f"SELECT count(*) FROM {table}")[0][0]
         return not any(counts.values())
 

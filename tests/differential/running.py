@@ -84,7 +84,9 @@ class Side:
 
     def _wipe(self) -> None:
         if self.world.tables is not None:
-            self.world.tables.ask("TRUNCATE pgbarrier_task, pgbarrier_slot, pgbarrier_barrier")
+            tables = ("task", "slot", "barrier", "dispatch")
+            named = ", ".join(f"pgbarrier_{table}" for table in tables)
+            self.world.tables.ask(f"TRUNCATE {named}")
 
 
 def _parents(result: ResultBase) -> Iterator[ResultBase]:

@@ -51,7 +51,8 @@ def emptied_database_url(postgres_server: str, module_database: str) -> Iterator
     """
     tables = Tables(module_database)
     wait_until(lambda: tables.cut_connections() == 0, 10, "nobody is connected")
-    for table in ("task", "slot", "barrier", "worker", "group", "queue", "poison", "effect"):
+    for table in ("task", "slot", "barrier", "worker", "group", "queue", "poison", "effect",
+                  "dispatch"):  # fmt: skip
         tables.ask(f"DELETE FROM pgbarrier_{table}")
     tables.ask("UPDATE pgbarrier_reaper SET pass_at = 'epoch'")
     yield module_database

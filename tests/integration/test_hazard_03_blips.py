@@ -62,9 +62,9 @@ MOMENTS = {
     "the claim of a member": "pgbarrier_claim_queued",
     "the outcome of a member": "pgbarrier_finish_member",
     "a transaction": "COMMIT",
-    "the release": "FOR UPDATE OF b SKIP LOCKED",
-    "the record of what follows": "AS recorded FROM recorded",
-    "the mark of publication": "SET published_at",
+    "the release": "pgbarrier_lock_barrier",
+    "the record of what follows": "pgbarrier_record_tasks",
+    "the mark of publication": "pgbarrier_mark_published",
 }
 
 CANVASES: dict[str, tuple[Callable[[str], Any], Any]] = {

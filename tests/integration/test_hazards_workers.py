@@ -222,7 +222,7 @@ def test_hazard_14_the_reaper_works_while_every_slot_is_busy(
     with pytest.raises(faults.InjectedFault):
         chord([add.s(1, 1), add.s(2, 2)], xsum.s()).delay()
     monkeypatch.undo()
-    published = "SELECT count(*) FROM pgbarrier_task WHERE published_at IS NOT NULL"
+    published = "SELECT count(*) FROM pgbarrier_task WHERE publications = 1"
     wait_until(lambda: tables.value(published) == 2, 30, "the members are published")
     assert tables.task(busy.id).state == "running"
     gate.touch()

@@ -11,6 +11,7 @@ from sqlalchemy.pool import NullPool
 
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.store.sql import Statements
+from celery_pgbarrier.store.sql.functions import FUNCTIONS
 from tests.support.tables import Tables
 
 VALUES: dict[str, Any] = {
@@ -79,3 +80,62 @@ def test_claims_of_lost_workers_are_found_among_those_of_healthy_ones(tables: Ta
         for n in (1, 2, 3)
     )
     assert len(tables.ask(Statements(None)[sql.CLAIMS_LOST].text, limit=4)) == 4
+
+
+#: Rows from one number to another of each table; a uuid that ends in a row's number.
+_UUID = "CAST('00000000-0000-0000-0000-' || lpad(to_hex(n), 12, '0') AS uuid)"
+_ROWS = "generate_series(:first, :last) AS n"
+_FILLING = f"""
+INSERT INTO pgbarrier_task
+       (id, call, seq, barrier_id, slot, position, state, token, due_at, published_at)
+SELECT 't' || n, {_UUID}, 1, CASE WHEN :member THEN 'b' || n / 4 END, mod(n, 4), mod(n, 4),
+       :state, CASE WHEN :state = 'running' THEN {_UUID} END, now(), NULL
+  FROM {_ROWS};
+INSERT INTO pgbarrier_slot (barrier_id, slot, remaining)
+SELECT 'b' || n / 4, mod(n, 4), 1 FROM {_ROWS};
+INSERT INTO pgbarrier_barrier (id, call, size, open_slots, state, body)
+SELECT 'b' || (n - 1), {_UUID}, 4, 1, 'ready', '' FROM {_ROWS};
+INSERT INTO pgbarrier_worker (id, name, state) SELECT {_UUID}, 'w', 'running' FROM {_ROWS};
+"""
+_READ = """
+SELECT sum(COALESCE(seq_tup_read, 0) + COALESCE(idx_tup_fetch, 0))
+  FROM pg_stat_xact_user_tables WHERE relname LIKE 'pgbarrier%'
+"""
+_UUIDS = [str(uuid.UUID(int=number)) for number in (1, 2)]
+_SAMPLES: dict[str, Any] = {
+    "text": "t1", "uuid": _UUIDS[0], "integer": 1, "bigint": 1, "bytea": b"x",
+    "double precision": 1.0, "boolean": True, "text[]": "{t1,t2}", "integer[]": "{1,1}",
+    "uuid[]": f"{{{','.join(_UUIDS)}}}", "bytea[]": "{x,x}",
+}  # fmt: skip
+_NAMED = {
+    "etas": "{NULL,NULL}", "barriers": "{b0,b0}", "barrier": "b0", "state": "waiting",
+    "member_slots": "{1,2}", "positions": "{1,2}", "body_calls": _SAMPLES["uuid[]"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("member", [False, True], ids=["alone", "member"])
+@pytest.mark.parametrize("state", ["queued", "running", "done"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_that_was_planned_for_small_tables_reads_given_rows_only(
+    name: str, state: str, member: bool, database_url: str
+) -> None:
+    """The plan is kept by the session, whatever the tables grow to."""
+    function = FUNCTIONS[name]
+    bound = {key: _NAMED.get(key, _SAMPLES[kind]) for key, kind in function.types.items()}
+    if "barrier" in name:
+        bound["id"] = "b1"
+    call = text(Statements(None)[function.call].text)
+    filling = {"state": state, "member": member}
+    engine = create_engine(database_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text(_FILLING), {**filling, "first": 1, "last": 2})
+        connection.execute(text("ANALYZE pgbarrier_task, pgbarrier_slot, pgbarrier_barrier"))
+        connection.commit()
+        for _ in range(3):
+            connection.execute(call, bound)
+            connection.rollback()
+        connection.execute(text(_FILLING), {**filling, "first": 3, "last": 3000})
+        connection.execute(call, bound)
+        read = connection.execute(text(_READ)).scalar_one()
+        connection.rollback()
+    assert read < 100

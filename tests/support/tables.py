@@ -61,6 +61,7 @@ class Tables:
                    probe_of = probe_of - interval '1 day',
                    claimed_through = claimed_through - interval '1 day'
         """)
+        self.ask("UPDATE pgbarrier_dispatch SET due_at = due_at - interval '1 day'")
         self.ask("UPDATE pgbarrier_barrier SET ready_at = ready_at - interval '1 day'")
 
     def expire(self) -> None:

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from celery_pgbarrier.store.migrations.versions import v0007_functions as newest
+from celery_pgbarrier.store.migrations.versions import v0008_dispatch as newest
 from celery_pgbarrier.store.sql.functions import FUNCTIONS, Function
 
 

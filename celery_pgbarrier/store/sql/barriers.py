@@ -7,7 +7,7 @@ from celery_pgbarrier.store.sql.fragments import NEEDED, READ
 #: Open a barrier with its slots; a second time for the same call changes nothing, a new call needs
 #: a closed one.  ``fresh`` tells whether there was none of this id, ``live`` names a task of its
 #: body that runs for another call.
-BARRIER_OPEN = (
+BARRIER_OPEN_BODY = (
     """
 WITH opened AS (
     INSERT INTO {s}pgbarrier_barrier AS b
@@ -29,12 +29,18 @@ WITH opened AS (
     SELECT opened.id, x.place - 1, x.remaining
       FROM opened, unnest(CAST(:remaining AS integer[])) WITH ORDINALITY AS x (remaining, place)
     ON CONFLICT (barrier_id, slot) DO UPDATE SET remaining = EXCLUDED.remaining
+), dispatch AS (
+    INSERT INTO {s}pgbarrier_dispatch (barrier_id, due_at)
+    SELECT opened.id, clock_timestamp() + make_interval(secs => :grace) FROM opened
+     WHERE :size > 0
+    ON CONFLICT (barrier_id) DO UPDATE SET due_at = EXCLUDED.due_at
 )
 SELECT (SELECT fresh FROM opened) AS fresh,
        (SELECT t.id FROM {s}pgbarrier_task t
           JOIN unnest(CAST(:body_ids AS text[]), CAST(:body_calls AS text[])) AS x (id, call)
             ON x.id = t.id
-         WHERE t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state IN ('queued', 'running')
+         WHERE t.id = ANY(CAST(:body_ids AS text[]))
+           AND t.call IS DISTINCT FROM CAST(x.call AS uuid) AND t.state IN ('queued', 'running')
          LIMIT 1) AS live
 """
 )
@@ -48,17 +54,22 @@ UPDATE {s}pgbarrier_task SET barrier_id = NULL
  WHERE barrier_id = :id AND state = 'done'
 """
 
-#: Record messages and expected tasks; rows that live under another call are left alone.
+#: Record messages and expected tasks; rows that live under another call are left alone.  Members
+#: are recorded as published: should their producer die first, DISPATCHES_DUE tells.
 TASKS_RECORD = (
     """
 WITH recorded AS (
 INSERT INTO {s}pgbarrier_task AS t
-       (id, call, barrier_id, slot, position, state, name, queue, message, eta, reads, due_at)
+       (id, call, barrier_id, slot, position, state, name, queue, message, eta, reads, due_at,
+        published_at)
 SELECT x.id, CAST(x.call AS uuid), x.barrier_id, x.slot, x.position,
        CASE WHEN x.message IS NULL THEN 'expected' ELSE 'queued' END,
        x.name, x.queue, x.message, CAST(x.eta AS timestamptz), x.reads,
        CASE WHEN x.message IS NULL THEN NULL
-            ELSE clock_timestamp() + make_interval(secs => :grace) END
+            WHEN x.barrier_id IS NULL THEN clock_timestamp() + make_interval(secs => :grace)
+            ELSE GREATEST(now(), CAST(x.eta AS timestamptz)) + make_interval(secs => :after) END,
+       CASE WHEN x.message IS NOT NULL AND x.barrier_id IS NOT NULL
+            THEN now() + x.position * interval '1 microsecond' END
   FROM unnest(CAST(:ids AS text[]), CAST(:calls AS text[]), CAST(:barriers AS text[]),
               CAST(:member_slots AS integer[]), CAST(:positions AS integer[]),
               CAST(:names AS text[]),
@@ -70,8 +81,8 @@ ON CONFLICT (id) DO UPDATE SET
     call = EXCLUDED.call, seq = 0, state = EXCLUDED.state, name = EXCLUDED.name,
     queue = EXCLUDED.queue, message = EXCLUDED.message, eta = EXCLUDED.eta,
     reads = EXCLUDED.reads,
-    due_at = EXCLUDED.due_at, published_at = NULL, publications = 0, copies = 0, attempt = 0,
-    crashes = 0,
+    due_at = EXCLUDED.due_at, published_at = EXCLUDED.published_at, publications = 0, copies = 0,
+    attempt = 0, crashes = 0,
     status = CASE WHEN t.state = 'expected' THEN t.status ELSE 'PENDING' END,
     result = CASE WHEN t.state = 'expected' THEN t.result END,
     expires_at = NULL, done_at = NULL,
@@ -121,19 +132,20 @@ SELECT :id, :barrier, slot.slot, adder.position, 'expected' FROM slot, adder
 #: Lock a barrier that is ready, with what its members' results amount to, and of a small one these
 #: results; none where another process is releasing it.  It is closed at once where all members have
 #: succeeded, which leaves a statement less to the usual release.
-BARRIER_LOCK = """
+BARRIER_LOCK_BODY = """
 WITH held AS MATERIALIZED (
     SELECT b.id, b.call, b.body, b.structure, b.size, m.*
       FROM {s}pgbarrier_barrier b, LATERAL (
            SELECT count(*) AS members, COALESCE(sum(length(t.result)), 0) AS bytes,
                   count(*) FILTER (WHERE t.status <> 'SUCCESS' OR t.result IS NULL) AS doubtful
-             FROM {s}pgbarrier_task t WHERE t.barrier_id = b.id) AS m
+             FROM {s}pgbarrier_task t WHERE t.barrier_id = :id) AS m
      WHERE b.id = :id AND b.state = 'ready' FOR UPDATE OF b SKIP LOCKED
 ), closed AS (
     UPDATE {s}pgbarrier_barrier AS b
        SET state = 'released', closed_at = clock_timestamp(),
            expires_at = clock_timestamp() + make_interval(secs => CAST(:expires AS float8))
-      FROM held WHERE b.id = held.id AND held.doubtful = 0 AND held.members >= held.size
+      FROM held
+     WHERE b.id = :id AND b.id = held.id AND held.doubtful = 0 AND held.members >= held.size
     RETURNING b.id
 )
 SELECT h.id, CAST(h.call AS text) AS call, h.body, h.structure, h.size, h.members, h.bytes,
@@ -141,7 +153,7 @@ SELECT h.id, CAST(h.call AS text) AS call, h.body, h.structure, h.size, h.member
   FROM held AS h LEFT JOIN LATERAL (
        SELECT array_agg(t.id ORDER BY t.position, t.created_at, t.id) AS ids,
               array_agg(t.result ORDER BY t.position, t.created_at, t.id) AS results
-         FROM {s}pgbarrier_task t WHERE t.barrier_id = h.id) AS small
+         FROM {s}pgbarrier_task t WHERE t.barrier_id = :id) AS small
        ON h.members <= :few AND h.bytes <= CAST(:inline AS bigint)
 """
 

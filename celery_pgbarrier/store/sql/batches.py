@@ -1,12 +1,14 @@
 """Claims and outcomes of many tasks of one busy worker, in one statement each.
 
-They know the usual cases only: what they leave out goes through the statements for one task.
+They know the usual cases only: what they leave out goes through the statements for one task.  Each
+table is asked for the given keys as well as joined by them, and by no column on which a partial
+index stands: whatever order a plan takes, it reads these rows and no others (:mod:`.functions`).
 """
 
 from __future__ import annotations
 
 #: Grant tasks that have no row yet, as CLAIM_FIRST does.  ``pid`` 0: no process runs them so far.
-CLAIM_FIRSTS = """
+CLAIM_FIRSTS_BODY = """
 INSERT INTO {s}pgbarrier_task
        (id, call, seq, state, attempt, token, worker, pid, thread, name, queue, message,
         started_at)
@@ -22,7 +24,7 @@ RETURNING CAST(token AS text) AS token, barrier_id, set_config('synchronous_comm
 """
 
 #: Grant recorded tasks for the first time, as CLAIM_QUEUED does.
-CLAIM_QUEUEDS = """
+CLAIM_QUEUEDS_BODY = """
 UPDATE {s}pgbarrier_task AS t
    SET state = 'running', token = g.token, worker = w.id, pid = 0, thread = 0, rerun = true,
        started_at = clock_timestamp(), due_at = NULL, attempt = 1, expires_at = NULL,
@@ -31,7 +33,8 @@ UPDATE {s}pgbarrier_task AS t
               CAST(:copies AS integer[]), CAST(:tokens AS uuid[]))
        AS g (id, call, seq, copy, token),
        {s}pgbarrier_worker w
- WHERE t.id = g.id AND t.state = 'queued' AND t.call = g.call AND t.seq = g.seq AND t.attempt = 0
+ WHERE t.id = ANY(CAST(:ids AS text[]))
+   AND t.id = g.id AND t.state = 'queued' AND t.call = g.call AND t.seq = g.seq AND t.attempt = 0
    AND w.id = CAST(:worker AS uuid) AND w.state <> 'dead'
 RETURNING CAST(t.token AS text) AS token, t.barrier_id,
           set_config('synchronous_commit', 'off', true)
@@ -41,7 +44,8 @@ _GIVEN = """
   FROM unnest(CAST(:ids AS text[]), CAST(:tokens AS uuid[]), CAST(:statuses AS text[]),
               CAST(:results AS bytea[]), CAST(:write_tokens AS uuid[]))
        AS g (id, token, status, result, write_token)
- WHERE t.id = g.id AND t.state = 'running' AND t.token = g.token
+ WHERE t.id = ANY(CAST(:ids AS text[]))
+   AND t.id = g.id AND t.state = 'running' AND t.token = g.token
 """
 
 _DONE = """
@@ -52,7 +56,7 @@ UPDATE {s}pgbarrier_task AS t
 """
 
 #: The outcomes of claimed attempts of tasks in no chord.
-FINISH_ALONES = (
+FINISH_ALONES_BODY = (
     _DONE
     + """
        expires_at = clock_timestamp() + make_interval(secs => CAST(:expires AS float8))"""
@@ -64,28 +68,31 @@ RETURNING t.id, CAST(NULL AS text) AS ready
 
 #: The outcomes of claimed members, counted: each slot once for all its members, the slots, and
 #: then the barriers, locked in one order for all who count many.
-FINISH_MEMBERS = (
+FINISH_MEMBERS_BODY = (
     "WITH done AS ("
     + _DONE
     + """
        expires_at = NULL"""
     + _GIVEN
-    + """   AND t.barrier_id IS NOT NULL
+    + """   AND COALESCE(t.barrier_id, '') <> ''
     RETURNING t.id, t.barrier_id, t.slot
 ), counted AS (
     SELECT barrier_id, slot, count(*) AS members FROM done GROUP BY barrier_id, slot
 ), held AS MATERIALIZED (
     SELECT s.barrier_id, s.slot, counted.members
       FROM counted JOIN {s}pgbarrier_slot s USING (barrier_id, slot)
+     WHERE s.barrier_id = ANY(CAST(:barriers AS text[]))
      ORDER BY s.barrier_id, s.slot FOR UPDATE OF s
 ), slots AS (
     UPDATE {s}pgbarrier_slot AS s SET remaining = s.remaining - held.members FROM held
-     WHERE s.barrier_id = held.barrier_id AND s.slot = held.slot
+     WHERE s.barrier_id = ANY(CAST(:barriers AS text[]))
+       AND s.barrier_id = held.barrier_id AND s.slot = held.slot
     RETURNING s.barrier_id, s.remaining
 ), emptied AS (
     SELECT barrier_id, count(*) AS slots FROM slots WHERE remaining = 0 GROUP BY barrier_id
 ), closing AS MATERIALIZED (
     SELECT b.id, emptied.slots FROM emptied JOIN {s}pgbarrier_barrier b ON b.id = emptied.barrier_id
+     WHERE b.id = ANY(CAST(:barriers AS text[]))
      ORDER BY b.id FOR UPDATE OF b
 ), closed AS (
     UPDATE {s}pgbarrier_barrier AS b
@@ -94,7 +101,7 @@ FINISH_MEMBERS = (
                         ELSE b.state END,
            ready_at = CASE WHEN b.open_slots = closing.slots THEN clock_timestamp()
                            ELSE b.ready_at END
-      FROM closing WHERE b.id = closing.id
+      FROM closing WHERE b.id = ANY(CAST(:barriers AS text[])) AND b.id = closing.id
     RETURNING b.id, b.state
 )
 SELECT id, CAST(NULL AS text) AS ready FROM done

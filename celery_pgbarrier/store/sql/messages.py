@@ -10,17 +10,39 @@ WITH sent AS MATERIALIZED (
     SELECT t.id, x.place
       FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
       JOIN {s}pgbarrier_task t ON t.id = x.id
-     WHERE t.state = 'queued' AND t.due_at IS NOT NULL AND t.published_at IS NULL
+     WHERE t.id = ANY(CAST(:ids AS text[]))
+       AND t.state = 'queued' AND t.published_at IS NULL AND COALESCE(t.due_at > 'epoch', false)
        FOR UPDATE OF t SKIP LOCKED
 ), marked AS (
     UPDATE {s}pgbarrier_task AS t
        SET published_at = now() + sent.place * interval '1 microsecond',
            due_at = GREATEST(now(), t.eta) + make_interval(secs => :after)
       FROM (SELECT set_config('synchronous_commit', 'off', true)) AS unflushed, sent
-     WHERE t.id = sent.id
+     WHERE t.id = ANY(CAST(:ids AS text[])) AND t.id = sent.id
     RETURNING 1
 )
 SELECT count(*) AS marked FROM marked
+"""
+
+#: All messages of these barriers are with the broker.  Not flushed, like the mark.
+DISPATCH_DONE = """
+DELETE FROM {s}pgbarrier_dispatch WHERE barrier_id = ANY(CAST(:ids AS text[]))
+   AND (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL
+"""
+
+#: Barriers whose producer should have published their messages by now.
+DISPATCHES_DUE = """
+SELECT d.barrier_id AS id, COALESCE(b.size, 0) AS size
+  FROM {s}pgbarrier_dispatch d LEFT JOIN {s}pgbarrier_barrier b ON b.id = d.barrier_id
+ WHERE d.due_at <= (SELECT clock_timestamp()) ORDER BY d.due_at LIMIT :limit
+"""
+
+#: Messages of such a barrier that nobody has claimed: the producer may not have published them.
+MESSAGES_UNCONFIRMED = """
+SELECT id FROM {s}pgbarrier_task
+ WHERE barrier_id = :id AND position >= :start AND position < :stop AND state = 'queued'
+   AND publications = 0 AND published_at IS NOT NULL AND due_at IS NOT NULL
+ ORDER BY position FOR UPDATE SKIP LOCKED
 """
 
 #: Messages that should have been claimed by now.

@@ -1,7 +1,7 @@
 """The hot statements as functions, in the form in which this release calls them.
 
-Who changes one of them adds a migration like this one, which makes them again (drop it first where
-its parameters or columns change), and moves ``DIGEST`` there.
+Who changes one of them adds a migration that makes them again (drop it first where its parameters
+or columns change), and moves ``DIGEST`` there.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 
-#: Of the definitions: a test tells when they have changed and no migration has.
-DIGEST = "ce7b9ec47e685136"
-
 
 def upgrade() -> None:
     schema = context.config.attributes.get("schema")
-    prefix = f'"{schema}".' if schema else ""
+    make_functions(f'"{schema}".' if schema else "")
+
+
+def make_functions(prefix: str) -> None:
+    """Make all functions, or make them again."""
     for function in FUNCTIONS.values():
         op.execute(function.definition.replace("{s}", prefix).replace(":", r"\:"))
