@@ -121,7 +121,11 @@ class Ahead:
             for request in requests:
                 del self._waiting[request]
                 self._granted[request] = Grant(
-                    request.id, request.stamp, request.task.name, partial(_envelope, request)
+                    request.id,
+                    request.stamp,
+                    request.task.name,
+                    partial(_envelope, request),
+                    self.clerk.token(),
                 )
             self.clerk.claim([self._granted[request] for request in requests])
         if self.clerk.quiet.is_set() is bool(self._granted):

@@ -7,8 +7,7 @@ in is another one.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -86,8 +85,7 @@ def recording() -> Unit | None:
     return scope.unit if scope is not None and scope.outcomes else None
 
 
-@contextmanager
-def into(unit: Unit, outcomes: bool = False, body: bool = False) -> Iterator[Unit]:
+class into:
     """Catch messages of this context in *unit*.
 
     Parameters:
@@ -95,21 +93,33 @@ def into(unit: Unit, outcomes: bool = False, body: bool = False) -> Iterator[Uni
         body: the task's own code goes on: what carries the task itself on, a retry, stays with
             its attempt.
     """
-    token = _scope.set(_Scope(unit, outcomes, body))
-    try:
-        yield unit
-    finally:
-        _scope.reset(token)
+
+    __slots__ = ("_scope", "_token")
+
+    def __init__(self, unit: Unit, outcomes: bool = False, body: bool = False) -> None:
+        self._scope = _Scope(unit, outcomes, body)
+
+    def __enter__(self) -> Unit:
+        self._token = _scope.set(self._scope)
+        return self._scope.unit
+
+    def __exit__(self, *_: object) -> None:
+        _scope.reset(self._token)
 
 
-@contextmanager
-def parent_fence(task_id: str, fence: Callable[[], Fence]) -> Iterator[None]:
+class parent_fence:
     """Write outcomes of a task, if there are any, on the word of the worker's parent."""
-    token = _parent_fence.set((task_id, fence))
-    try:
-        yield
-    finally:
-        _parent_fence.reset(token)
+
+    __slots__ = ("_token", "_word")
+
+    def __init__(self, task_id: str, fence: Callable[[], Fence]) -> None:
+        self._word = (task_id, fence)
+
+    def __enter__(self) -> None:
+        self._token = _parent_fence.set(self._word)
+
+    def __exit__(self, *_: object) -> None:
+        _parent_fence.reset(self._token)
 
 
 def fence_for(task_id: str, request: Any) -> Fence:
@@ -125,8 +135,8 @@ def fence_for(task_id: str, request: Any) -> Fence:
 
 def is_recorded(task_id: str | None, request: Any) -> bool:
     """Tell whether a task's message was recorded, so that its row waits for an outcome."""
-    stamp = getattr(request, STAMP, None)
-    return bool(stamp and stamp.get("rec") and stamp.get("id") == task_id)
+    owner, stamp = Stamp.read(getattr(request, STAMP, None))
+    return stamp is not None and stamp.recorded and owner == task_id
 
 
 # -- the hook
@@ -214,8 +224,7 @@ def _stamp(headers: dict[str, Any] | None = None, **_: Any) -> None:
     """Give every task message a stamp; one that was passed on from another task is replaced."""
     if not headers or "id" not in headers:
         return
-    stamp = headers.get(STAMP)
-    if not stamp or stamp.get("id") != headers["id"]:
+    if Stamp.read(headers.get(STAMP))[0] != headers["id"]:
         headers[STAMP] = Stamp(str(uuid.uuid4())).header(headers["id"])
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import pickle
+import random
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -32,7 +33,7 @@ from celery_pgbarrier.writing import Committed
 logger = logging.getLogger(__name__)
 
 #: How long more outcomes are waited for while messages wait in the worker (seconds).
-_LINGER = 0.005
+_LINGER = 0.01
 #: Outcomes per statement, and bytes of one that a pool process leaves to the clerk.
 _MOST, LARGEST = 256, 32768
 #: How long a pool process waits for room in the socket (seconds).
@@ -56,7 +57,7 @@ class Grant:
     stamp: Stamp
     name: str
     envelope: Callable[[], Envelope]
-    token: str = field(default_factory=lambda: str(uuid.uuid4()))
+    token: str
     granted_at: float = 0.0
     barrier_id: str | None = None
 
@@ -85,6 +86,7 @@ class Clerk:
         self._orders: SimpleQueue[Callable[[Releasing], None] | None] = SimpleQueue()
         self._marks: dict[bytes, threading.Event] = {}
         self._threads: list[threading.Thread] = []
+        self._bits = random.Random().getrandbits  # of this worker: seeded by the system
         #: Whether orders are taken.
         self.claiming = True
         #: Set while no messages wait in the worker: there is no use in waiting for more outcomes.
@@ -113,6 +115,14 @@ class Clerk:
         self._reader.close()
 
     # -- orders
+
+    def token(self) -> str:
+        """Return the token of a new grant.
+
+        Not from the system each time: a system call is where the event loop's thread, which asks,
+        would have to stop for the others.
+        """
+        return str(uuid.UUID(int=self._bits(128), version=4))
 
     def claim(self, grants: list[Grant]) -> None:
         """Have tasks claimed: those that are say so some time later."""

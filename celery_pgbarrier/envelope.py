@@ -8,7 +8,8 @@ from typing import Any
 
 from kombu.utils.json import JSONEncoder, loads
 
-#: The message header that carries the stamp.
+#: The message header that carries the stamp: call, sequence, whether recorded (1 or 0), copy and
+#: task id, with a space between.  Brokers' clients read a string many times faster than a table.
 STAMP = "pgb"
 #: The headers of Celery's task messages (protocol 2, ``celery.app.amqp.AMQP.as_task_v2``) and the
 #: stamp: recorded without their names where all are there.
@@ -111,9 +112,13 @@ class Envelope:
 
     def copied(self, copy: int) -> Envelope:
         """Return the envelope with its stamp telling which copy of the message it is."""
-        return self.stamped({**self.headers.get(STAMP, {}), "copy": copy})
+        stamp = self.headers.get(STAMP)
+        if not isinstance(stamp, str):  # recorded by an earlier release
+            return self.stamped({**(stamp or {}), "copy": copy})
+        call, seq, recorded, _, task_id = stamp.split(" ", 4)
+        return self.stamped(f"{call} {seq} {recorded} {copy} {task_id}")
 
-    def stamped(self, stamp: dict[str, Any]) -> Envelope:
+    def stamped(self, stamp: str | dict[str, Any]) -> Envelope:
         """Return the envelope with another stamp."""
         return replace(self, headers={**self.headers, STAMP: stamp})
 

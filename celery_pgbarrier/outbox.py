@@ -1,7 +1,7 @@
 """What a committed unit sends: its messages, and the word that they are published.
 
-Members are recorded as published, and one row a barrier says that this is still to be done: it is
-deleted at the end.  Other messages are marked one by one.
+Members of small chords are recorded as published, and one row a barrier says that this is still to
+be done: it is deleted at the end.  Other messages are marked, batch by batch.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ def publish(host: Host, unit: Unit) -> None:
         taken = set(dispatch.publish(host.app, [(m.task_id, m.envelope) for m in chunk]))
         sent = [m.task_id for m in chunk if m.task_id in taken and not m.presumed]
         mark_published(host, sent)
-        left = [m for m in chunk if m.task_id not in taken] + rest
-        if len(taken) < len(chunk):  # the broker is away: the reaper does the rest
+        missed = [m for m in chunk if m.task_id not in taken]
+        left = missed + rest
+        if missed:  # the broker is away: the reaper does the rest
             break
-    if unit.barriers:
-        missed = [m.task_id for m in left if m.presumed]
-        _quietly(partial(_confirm, host, unit, missed), "saying that a chord is published")
+    if any(message.presumed for message in messages):
+        unsent = [message.task_id for message in left if message.presumed]
+        _quietly(partial(_confirm, host, unit, unsent), "saying that a chord is published")
     for send in unit.sent_events:
         _quietly(partial(_send_event, host, send), "task-sent event")
 
 
-def _confirm(host: Host, unit: Unit, missed: list[str]) -> None:
-    """Tell of all messages of a unit's barriers but *missed* that they are published."""
+def _confirm(host: Host, unit: Unit, unsent: list[str]) -> None:
+    """Tell of all messages of a unit's barriers but *unsent* that they are published."""
     database, settings = host.database, host.settings
-    for start in range(0, len(missed), settings.batch_size):
-        ids = missed[start : start + settings.batch_size]
-        parameters = {"ids": ids, "after": settings.publish_grace, "unpublished": True}
+    if unsent:
+        parameters = {"ids": unsent, "after": settings.publish_grace, "unpublished": True}
         database.count(sql.TASKS_DEFER, parameters, 1.0)
-    barriers = array(barrier.id for barrier in unit.barriers)
-    database.count(sql.DISPATCH_DONE, {"ids": barriers}, 1.0)
+    ids = [barrier.id for barrier in unit.barriers]
+    calls = array(unit.call_of(barrier_id) for barrier_id in ids)
+    database.count(sql.DISPATCH_DONE, {"ids": array(ids), "calls": calls}, 1.0)
 
 
 def _send_event(host: Host, send: Callable[[Any], Any]) -> None:

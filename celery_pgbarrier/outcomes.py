@@ -14,7 +14,7 @@ from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict, TaskPoisoned
 from celery_pgbarrier.lease import Attempt, Held
 from celery_pgbarrier.results import Results
-from celery_pgbarrier.unit import STAMP, Outcome, Poison, Unit, all_ids
+from celery_pgbarrier.unit import STAMP, Outcome, Poison, Stamp, Unit, all_ids
 
 logger = get_logger(__name__)
 
@@ -218,8 +218,8 @@ def _left_to_parent(unit: Unit) -> bool:
 
 
 def _call_of(request: Any) -> str | None:
-    stamp = getattr(request, STAMP, None)
-    return str(stamp["call"]) if stamp else None
+    _, stamp = Stamp.read(getattr(request, STAMP, None))
+    return None if stamp is None else stamp.call
 
 
 def _with_errbacks(request: Any, errbacks: list[Any]) -> Context:

@@ -14,7 +14,7 @@ from celery.signals import task_postrun, task_prerun
 from celery_pgbarrier import compat, lease
 from celery_pgbarrier.errors import MemberEndedWithoutResult
 from celery_pgbarrier.store import sql
-from celery_pgbarrier.unit import STAMP
+from celery_pgbarrier.unit import STAMP, Stamp
 
 
 def has_row(task: Any) -> bool:
@@ -22,7 +22,8 @@ def has_row(task: Any) -> bool:
     request = task.request
     if getattr(task, "pgbarrier_claims", False) or request.called_directly or request.is_eager:
         return False
-    recorded = bool((getattr(request, STAMP, None) or {}).get("rec"))
+    _, stamp = Stamp.read(getattr(request, STAMP, None))
+    recorded = stamp is not None and stamp.recorded
     return (recorded or bool(request.chord)) and hasattr(task.backend, "process_lost")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,11 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: Batches of each kind in one pass; what is left is the next pass's.
 _MOST_BATCHES = 100
-#: How many batches' bounds are looked up at once.
-_BOUNDS = 4
 #: Batches of expired tasks grow up to so many times the batch size, while one takes less than the
 #: one and not more than the other (seconds).
-_LARGEST, _QUICK, _SLOW = 8, 0.012, 0.025
+_LARGEST, _QUICK, _SLOW = 16, 0.015, 0.03
 
 #: How long two passes lie apart at most, in reap intervals.
 _LONGEST_PAUSE = 1.25
@@ -194,35 +191,31 @@ def purge(host: barrier.Releasing, batches: int | None = None) -> int:
 def _tasks_purge(host: barrier.Releasing) -> Callable[[int], Batch]:
     """Return what deletes a batch of expired tasks, each time from where it got to."""
     since: Any = "-infinity"
-    bounds: deque[Any] = deque()
-    scale, took = 1, 0.0
+    scale = 1
 
     def purge_tasks(size: int) -> Batch:
-        nonlocal since, scale, took
-        if not bounds:
-            scale = min(scale * 2, _LARGEST) if 0 < took < _QUICK else scale
-            limit = size * scale
-            ahead = {"since": since, "limit": limit, "most": limit * _BOUNDS}
-            bounds.extend(host.database.statement(sql.PURGE_BOUNDS, ahead))
-        until = bounds.popleft().expires_at if bounds else since
+        nonlocal since, scale
+        ahead = {"since": since, "limit": size * scale}
+        found = host.database.statement(sql.PURGE_BOUND, ahead)
+        until = found[0].expires_at if found else since
         if until != since:  # where all of them expired at once no bound would keep a batch small
             began = time.monotonic()
             try:
                 rows = host.database.count(sql.PURGE_TASKS, {"since": since, "until": until})
             except DatabaseUnavailable as error:
                 logger.debug("Expired rows are locked, or PostgreSQL is away: %s", error)
-                bounds.clear()
             else:
                 since, took = until, time.monotonic() - began
-                if took > _SLOW:
+                if took < _QUICK:
+                    scale = min(scale * 2, _LARGEST)
+                elif took > _SLOW:
                     scale = max(scale // 2, 1)
-                    bounds.clear()
                 return Batch(rows, more=True)
         scale = 1
         place = {"limit": size, "since": since}
-        (found,) = host.database.statement(sql.PURGE_UNLOCKED, place)
-        since = found.until or since
-        return Batch(found.rows, more=found.rows >= size)
+        (gone,) = host.database.statement(sql.PURGE_UNLOCKED, place)
+        since = gone.until or since
+        return Batch(gone.rows, more=gone.rows >= size)
 
     return purge_tasks
 

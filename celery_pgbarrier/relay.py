@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, Row
 
-from celery_pgbarrier import faults, queues, reference
+from celery_pgbarrier import faults, queues
 from celery_pgbarrier.dispatch import publish
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import NeverClaimed, PgBarrierError
@@ -202,18 +202,24 @@ def publish_interrupted(host: Host) -> int:
     Raises:
         DatabaseUnavailable: PostgreSQL is away.
     """
-    published, size = 0, host.settings.batch_size
-    for row in host.database.statement(sql.DISPATCHES_DUE, {"limit": size}):
-        for start, stop in reference.windows(row.size, size):
-            window = {"id": row.id, "start": start, "stop": stop}
-            taken = host.database.transaction(partial(_take_unconfirmed, host, window))
-            published += _publish(host, taken) if taken else 0
-        host.database.count(sql.DISPATCH_DONE, {"ids": [row.id]})
+    published = 0
+    for _ in range(_MOST_BATCHES):
+        taken = host.database.transaction(partial(_take_unconfirmed, host))
+        if taken is None:
+            break
+        sent = _publish(host, taken) if taken else 0
+        published += sent
+        if sent < len(taken):  # the broker is away; they are due again, one by one
+            break
     return published
 
 
-def _take_unconfirmed(host: Host, window: dict[str, Any], connection: Connection) -> list[Row[Any]]:
-    found = connection.execute(host.database.sql[sql.MESSAGES_UNCONFIRMED], window)
+def _take_unconfirmed(host: Host, connection: Connection) -> list[Row[Any]] | None:
+    """Take up the messages of one barrier (a batch at most); None where no barrier is due."""
+    barrier_id = connection.execute(host.database.sql[sql.DISPATCH_DUE]).scalar()
+    if barrier_id is None:
+        return None
+    found = connection.execute(host.database.sql[sql.MESSAGES_UNCONFIRMED], {"id": barrier_id})
     return _advance(host, connection, list(found.scalars()))
 
 

@@ -46,30 +46,37 @@ class Stamp:
     recorded: bool = False
     copy: int = 0
 
-    def header(self, task_id: str) -> dict[str, Any]:
+    def header(self, task_id: str) -> str:
         """Return the stamp as it stands in the header of the task's message."""
-        return {
-            "id": task_id,
-            "call": self.call,
-            "seq": self.seq,
-            "rec": self.recorded,
-            "copy": self.copy,
-        }
+        return f"{self.call} {self.seq} {int(self.recorded)} {self.copy} {task_id}"
 
     @classmethod
-    def of(cls, task_id: str, header: Mapping[str, Any] | None) -> Stamp:
+    def of(cls, task_id: str, header: Any) -> Stamp:
         """Read a message's stamp.
 
         A message without one, or with one that was passed on from another task, gets strict
         deduplication by its task id.
         """
-        if not header or header.get("id") != task_id:
+        owner, stamp = cls.read(header)
+        if stamp is None or owner != task_id:
             return cls(str(uuid.uuid5(uuid.NAMESPACE_OID, task_id)))
-        return cls(
-            str(header["call"]),
-            int(header["seq"]),
-            bool(header["rec"]),
-            int(header.get("copy", 0)),
+        return stamp
+
+    @classmethod
+    def read(cls, header: Any) -> tuple[str | None, Stamp | None]:
+        """Return the task that a stamp is of, and the stamp; None where it is none."""
+        if isinstance(header, str):
+            try:
+                call, seq, recorded, copy, task_id = header.split(" ", 4)
+                return task_id, cls(call, int(seq), recorded == "1", int(copy))
+            except ValueError:
+                return None, None
+        if not isinstance(header, Mapping) or "call" not in header:
+            return None, None
+        # As earlier releases wrote it: their messages may still wait.
+        numbers = int(header.get("seq", 0)), int(header.get("copy", 0))
+        return header.get("id"), cls(
+            str(header["call"]), numbers[0], bool(header.get("rec")), numbers[1]
         )
 
 
@@ -117,6 +124,34 @@ class Outcome:
     def stored_status(self) -> str:
         """The state that callers see."""
         return self.status if self.visible else "PENDING"
+
+    def __reduce__(self) -> Any:
+        """Pickle the values only: a tenth of the time, for each task of a busy worker."""
+        fence, stamp = self.fence, self.fence.stamp
+        return _outcome, (
+            *(self.task_id, self.status, self.result, self.visible, self.write_token),
+            *(fence.token, fence.worker, fence.pid, fence.attempt, fence.barrier, fence.has_row),
+            *(() if stamp is None else (stamp.call, stamp.seq, stamp.recorded, stamp.copy)),
+        )
+
+
+def _outcome(
+    task_id: str,
+    status: str,
+    result: bytes | None,
+    visible: bool,
+    write_token: str,
+    token: str | None,
+    worker: str | None,
+    pid: int | None,
+    attempt: int,
+    barrier: str | None,
+    has_row: bool,
+    *stamp: Any,
+) -> Outcome:
+    held = Stamp(*stamp) if stamp else None
+    fence = Fence(token, worker, pid, held, attempt, barrier, has_row)
+    return Outcome(task_id, status, result, visible, fence, write_token)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-from celery_pgbarrier.store import database
+from celery_pgbarrier.store import database, direct
 
 _KINDS = {"OperationalError": OperationalError, "InterfaceError": InterfaceError}
 
@@ -14,7 +14,7 @@ def _wrapped(error: BaseException) -> DBAPIError | None:
     if isinstance(error, DBAPIError):
         return error
     cause = error.__cause__
-    if cause is None or type(cause).__module__.partition(".")[0] not in database.DRIVERS:
+    if cause is None or type(cause).__module__.partition(".")[0] not in direct.DRIVERS:
         return None
     kind = _KINDS.get(type(cause).__name__, DBAPIError)
     return kind(None, None, cause)

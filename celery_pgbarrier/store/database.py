@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +19,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import QueuePool
 
 from celery_pgbarrier.errors import (
     ConfigurationError,
@@ -31,7 +34,10 @@ from celery_pgbarrier.store.sql import Statements
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-DRIVERS = ("psycopg2", "psycopg")
+#: For how long a connection is kept outside of the pool (seconds).
+_KEEP = 60.0
+#: Connections of a parent that its children must neither use nor close.
+_inherited: list[Any] = []
 #: A connection that has gone silent is given up: libpq's parameters, in seconds but for the last,
 #: which is in milliseconds (PostgreSQL manual, 34.1.2).
 _SILENCE = {
@@ -90,7 +96,7 @@ def parse_url(url: str) -> URL:
             f"pgbarrier keeps results in PostgreSQL, not {dialect}: "
             "use pgbarrier://user:password@host:port/database"
         )
-    if (driver or "psycopg2") not in DRIVERS:
+    if (driver or "psycopg2") not in direct.DRIVERS:
         raise ConfigurationError(
             f"pgbarrier works with the drivers psycopg2 and psycopg, not {driver}: "
             "use pgbarrier+postgresql+psycopg2://... or pgbarrier+postgresql+psycopg://..."
@@ -169,6 +175,9 @@ class Database:
         self._begin = f"BEGIN; SET LOCAL {limit}"  # one round trip
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._kept: list[tuple[Connection, float]] = []
+        self._most: float = 0  # connections of the pool
+        self._recycle: float = 0  # seconds after which the pool replaces one
         self._pid = 0
         self._checked = False
         self._lent: Database | None = None
@@ -185,6 +194,8 @@ class Database:
                 if self._engine is None or self._pid != os.getpid():
                     if self._engine is not None:
                         self._engine.dispose(close=False)
+                        _inherited.extend(self._kept)
+                        self._kept = []
                     self._engine, self._pid = self._create(), os.getpid()
         return self._engine
 
@@ -192,6 +203,10 @@ class Database:
         options = dict(self.engine_options)
         if "poolclass" not in options:
             options = {"pool_size": 5, "max_overflow": 10, "pool_recycle": 3600, **options}
+        extra = options.get("max_overflow", 0)
+        recycle = options.get("pool_recycle", -1)
+        self._recycle = math.inf if recycle < 0 else recycle
+        self._most = math.inf if extra < 0 else options.get("pool_size", 0) + extra
         # In autocommit mode a driver's rollback does nothing; transactions end themselves.
         options.setdefault("pool_reset_on_return", None)
         arguments = {**_SILENCE, **(options.get("connect_args") or {})}
@@ -211,9 +226,47 @@ class Database:
                 + ("psycopg2-binary" if error.name == "psycopg2" else "'celery-pgbarrier[psycopg]'")
             ) from None
 
+    def _take(self) -> tuple[Connection, float]:
+        """Return a connection, kept or of the pool, and when it was taken from the pool."""
+        engine = self.engine()
+        try:
+            connection, since = self._kept.pop()
+        except IndexError:
+            return engine.connect(), time.monotonic()
+        if time.monotonic() - since < min(_KEEP, self._recycle):
+            return connection, since
+        connection.close()  # the pool looks at its age before it gives it again
+        return engine.connect(), time.monotonic()
+
+    def _give(self, connection: Connection, since: float) -> None:
+        """Keep a connection whose transaction has ended, or give it back to the pool.
+
+        To check one out costs a process more than the driver takes for a short statement.  None is
+        kept where another thread may be waiting for it, or where each is to be tested before use.
+        """
+        pool = connection.engine.pool
+        if (
+            not self._kept
+            and type(pool) is QueuePool
+            and pool.checkedout() < self._most
+            and not self.engine_options.get("pool_pre_ping")
+        ):
+            self._kept.append((connection, since))
+            if pool.checkedout() >= self._most:  # somebody came meanwhile
+                self._let_go()
+        else:
+            connection.close()
+
+    def _let_go(self) -> None:
+        """Give what is kept back to the pool."""
+        while self._kept and self._pid == os.getpid():
+            with suppress(Exception):  # another thread took it, or it is dead
+                self._kept.pop()[0].close()
+
     def dispose(self) -> None:
         """Close the idle connections of this process."""
         if self._engine is not None and self._pid == os.getpid():
+            self._let_go()
             self._engine.dispose()
         if self._lent is not None:
             self._lent.dispose()
@@ -259,16 +312,18 @@ class Database:
         """
 
         def attempt(committing: Callable[[], None]) -> T:
-            with self.engine().connect() as connection:
-                try:
-                    connection.exec_driver_sql(self._begin)
-                    result = work(connection)
-                    committing()
-                    connection.exec_driver_sql("COMMIT")
-                except BaseException:
-                    _roll_back(connection)
-                    raise
-                return result
+            connection, since = self._take()
+            try:
+                direct.run(connection, self._begin, {})
+                result = work(connection)
+                committing()
+                direct.run(connection, "COMMIT", {})
+            except BaseException:
+                _roll_back(connection)
+                connection.close()
+                raise
+            self._give(connection, since)
+            return result
 
         return self._persist(attempt, patience, check)
 
@@ -289,9 +344,15 @@ class Database:
         self, template: str, parameters: Mapping[str, Any], patience: float
     ) -> tuple[list[Any], int]:
         def attempt(committing: Callable[[], None]) -> tuple[list[Any], int]:
-            with self.engine().connect() as connection:
+            connection, since = self._take()
+            try:
                 committing()
-                return direct.run(connection, self.sql.plain(template), parameters)
+                done = direct.run(connection, self.sql.plain(template), parameters)
+            except BaseException:
+                connection.close()
+                raise
+            self._give(connection, since)
+            return done
 
         return self._persist(attempt, patience)
 
@@ -316,6 +377,7 @@ class Database:
             except Exception as error:
                 if not is_transient(error):
                     raise self._explained(error) from error
+                self._let_go()  # it may have ended with this one
                 ambiguous = ambiguous or (reached and cut_off(error))
                 left = deadline - time.monotonic()
                 if stale and isinstance(error, DBAPIError) and error.connection_invalidated:
@@ -370,6 +432,8 @@ class Database:
 
 def _roll_back(connection: Connection) -> None:
     """End a transaction that failed; a connection that cannot is not used again."""
+    if connection.invalidated:
+        return
     try:
         connection.exec_driver_sql("ROLLBACK")
     except Exception:

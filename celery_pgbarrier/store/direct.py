@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import DBAPICursor
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from celery_pgbarrier.store.sql import Statements
+
+DRIVERS = ("psycopg2", "psycopg")
 
 
 def run(
@@ -34,13 +35,19 @@ def run(
             where the connection is gone.
     """
     cursor: DBAPICursor | None = None
+    if connection.invalidated:  # SQLAlchemy would go on with another one, outside the transaction
+        raise PendingRollbackError("the connection was lost in the middle of a transaction")
     try:
         cursor = connection.connection.cursor()
-        cursor.execute(statement, parameters)
+        # Without parameters psycopg 3 sends several statements in one message, too.
+        cursor.execute(statement, parameters or None)
         rows: list[Any] = []
         if cursor.description is not None:
-            names = tuple(column[0] for column in cursor.description)
-            rows = list(map(_row(names)._make, cursor.fetchall()))
+            make = _makers.get(statement)
+            if make is None:
+                names = tuple(column[0] for column in cursor.description)
+                make = _makers[statement] = _row(names)._make
+            rows = list(map(make, cursor.fetchall()))
         touched = cursor.rowcount
         cursor.close()
     except connection.dialect.loaded_dbapi.Error as error:
@@ -57,16 +64,19 @@ def rows(
 ) -> list[Any]:
     """Run a statement in the caller's transaction and return its rows.
 
-    A transaction of the user's code runs it by the means that it was begun with.
+    A transaction of the user's code runs it by the means, and with the driver, that it has.
     """
-    if isinstance(connection, Connection):
+    if isinstance(connection, Connection) and connection.dialect.driver in DRIVERS:
         return run(connection, statements.plain(template), parameters)[0]
     return list(connection.execute(statements[template], parameters))
 
 
-@lru_cache(maxsize=256)
 def _row(names: tuple[str, ...]) -> Any:
     return namedtuple("Row", names, rename=True)
+
+
+#: What makes the rows of a statement; there are as many as this package has statements.
+_makers: dict[str, Any] = {}
 
 
 def _read(

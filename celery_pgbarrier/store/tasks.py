@@ -26,6 +26,20 @@ def slots_for(size: int) -> int:
 
 
 @dataclass(frozen=True)
+class Waits:
+    """When recorded messages are due (seconds from now).
+
+    Those that are not marked as published, or whose barrier's are not, after ``grace``; those that
+    nobody has claimed after ``after``.  ``presumed``: when those of a barrier will be published,
+    None where each is marked.
+    """
+
+    grace: float
+    after: float
+    presumed: float | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """A task to record: with a message it is queued, without one expected."""
 
@@ -39,18 +53,6 @@ class Row:
     message: bytes | None = None
     eta: str | None = None
     reads: str | None = None
-
-
-@dataclass(frozen=True)
-class Waits:
-    """When recorded messages are due (seconds from now).
-
-    Those that are not marked as published, or whose barrier's are not, after ``grace``; those that
-    nobody has claimed after ``after``.
-    """
-
-    grace: float
-    after: float
 
 
 def record(
@@ -76,6 +78,7 @@ def record(
             "reads": array(row.reads for row in chunk),
             "grace": waits.grace,
             "after": waits.after,
+            "presumed": waits.presumed,
         }
         statement = sql.TASKS_RECORD_FEW if len(chunk) <= FEW else sql.TASKS_RECORD
         (taken,) = direct.rows(connection, statements, statement, columns)
@@ -109,10 +112,7 @@ def _element(value: str | bytes | int | None) -> str:
 
 @dataclass(frozen=True)
 class New:
-    """A barrier to open, and the tasks of its body with the calls that they belong to.
-
-    ``grace``: seconds within which its members' messages are to be published.
-    """
+    """A barrier to open, and the tasks of its body with the calls that they belong to."""
 
     id: str
     call: str
@@ -121,7 +121,7 @@ class New:
     structure: bytes | None
     body_ids: Sequence[str]
     body_calls: Sequence[str]
-    grace: float
+    waits: Waits
 
 
 def open_barrier(
@@ -145,7 +145,8 @@ def open_barrier(
         "remaining": array(remaining),
         "body_ids": array(barrier.body_ids),
         "body_calls": array(barrier.body_calls),
-        "grace": barrier.grace,
+        "grace": barrier.waits.grace,
+        "presumed": barrier.waits.presumed if barrier.size else None,
     }
     (row,) = direct.rows(connection, statements, sql.BARRIER_OPEN, parameters)
     if row.fresh is None:

@@ -87,7 +87,10 @@ class Family:
         if not children:
             raise ValueError("a parent without children would never finish")
         host = hosts.publisher(f"a family of {self._parent.name}", app)
-        with (engine or host.database.engine()).begin() as connection:
+        engine = (engine or host.database.engine()).execution_options(
+            isolation_level="READ COMMITTED"  # the backend's commits each statement by itself
+        )
+        with engine.begin() as connection:
             hosts.same_database(connection, host, f"a family of {self._parent.name}")
             row = _inserted(connection, self._parent, [parent])[0]
             linked = {child: row._mapping[column] for child, column in self._link.items()}

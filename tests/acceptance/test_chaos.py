@@ -52,7 +52,10 @@ class Killer:
         self.restarts += 1
 
     def _kill_child(self) -> bool:
-        pids = self.chance.choice(self.workers).children()
+        worker = self.chance.choice(self.workers)
+        if " received" not in worker.log():  # Celery ends a worker that loses one before it works
+            return False
+        pids = worker.children()
         pid = self.chance.choice(pids) if pids else 0
         if not self._stopped([pid]):
             return False

@@ -15,18 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from celery import Celery, states
 from celery.app.task import Context
 from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult, GroupResult
+from sqlalchemy.pool import NullPool
 
 from celery_pgbarrier import reaper
 from celery_pgbarrier.backend import BarrierBackend
+from celery_pgbarrier.store.database import Database, parse_url
 from tests.support import databases
 from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker
 from tests.support.tables import Tables
 from tests.support.tasks import add
+from tests.support.waiting import wait_until
 from tests.support.wire import Wire
 from tests.support.workers import environment
 
@@ -59,7 +63,7 @@ def test_expiry_goes_in_committed_batches(
     tables.ask(f"{late} 'task-20'")
     with in_the_way(tables, "task-25"), pytest.raises(Exception, match="refused"):
         backend.cleanup()
-    assert tables.count("task") == 35 - 9 - 10  # a batch ends before its last entry
+    assert tables.count("task") == 35 - 10  # the second batch is twice as large, and fails
     backend.cleanup()
     assert (tables.count("task"), tables.count("group")) == (0, 0)
 
@@ -290,6 +294,75 @@ def test_one_connection_serves_many_threads(
     assert errors == []
     others = "datname = current_database() AND pid <> pg_backend_pid()"
     assert tables.value(f"SELECT count(*) FROM pg_stat_activity WHERE {others}") == 1
+
+
+def test_a_thread_that_waits_for_a_connection_gets_the_next_one(database_url: str) -> None:
+    """The one that a thread keeps for its next statement is not kept from others."""
+    options = {"pool_size": 1, "max_overflow": 1, "pool_timeout": 60}
+    database = Database(parse_url(database_url), engine_options=options)
+    gates = [threading.Event(), threading.Event()]
+    begun = threading.Barrier(3)
+    answers: list[Any] = []
+
+    def hold(gate: threading.Event) -> None:
+        database.transaction(lambda connection: (begun.wait(30), gate.wait(30)))
+
+    database.statement("SELECT 1", {})
+    holders = [threading.Thread(target=hold, args=(gate,)) for gate in gates]
+    for holder in holders:
+        holder.start()
+    begun.wait(30)
+    waiter = threading.Thread(
+        target=lambda: answers.extend(database.statement("SELECT 2 AS value", {}))
+    )
+    waiter.start()
+    pool: Any = database.engine().pool
+    wait_until(lambda: pool._pool.not_empty._waiters, 10, "the third thread waits in the pool")
+    gates[0].set()
+    waiter.join(10)
+    assert [row.value for row in answers] == [2]
+    gates[1].set()
+    for thread in (*holders, waiter):
+        thread.join(10)
+    assert pool.checkedout() <= 1
+    database.dispose()
+    assert pool.checkedout() == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"poolclass": NullPool}, {"pool_pre_ping": True}, {"pool_size": 1, "max_overflow": 0}],
+)
+def test_no_connection_is_kept_from_a_pool_that_looks_after_each(
+    database_url: str, options: dict[str, Any]
+) -> None:
+    database = Database(parse_url(database_url), engine_options=options)
+    out: list[int] = []
+    for event, change in (("checkout", 1), ("checkin", -1)):
+        sa.event.listen(database.engine(), event, lambda *_, change=change: out.append(change))
+    for _ in range(2):
+        database.statement("SELECT 1", {})
+        database.transaction(lambda connection: connection.exec_driver_sql("SELECT 1"))
+    assert out[-4:] == [1, -1, 1, -1]
+    assert sum(out) == 0
+    database.dispose()
+
+
+def test_a_kept_connection_goes_back_to_be_looked_at(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool recycles old ones when it gives them."""
+    database = Database(parse_url(database_url))
+    out: list[int] = []
+    sa.event.listen(database.engine(), "checkout", lambda *_: out.append(1))
+    database.statement("SELECT 1", {})
+    first = len(out)
+    database.statement("SELECT 1", {})
+    assert len(out) == first, "kept"
+    monkeypatch.setattr("celery_pgbarrier.store.database._KEEP", 0.0)
+    database.statement("SELECT 1", {})
+    assert len(out) == first + 1
+    database.dispose()
 
 
 FORK = """

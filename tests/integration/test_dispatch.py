@@ -18,6 +18,7 @@ from celery_pgbarrier import faults, reaper, relay
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.embedded import EmbeddedBroker
 from celery_pgbarrier.errors import DatabaseUnavailable, DispatchUnknown
+from celery_pgbarrier.store import sql
 from tests.support import databases
 from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker, workers
@@ -174,31 +175,86 @@ def test_a_producer_that_is_killed(
     assert tables.count("task", "state <> 'done'") == 0
 
 
-def test_members_that_a_dead_producer_recorded_are_published_in_pages(
-    make_app: Callable[..., Celery], redis_broker: Broker, database_url: str, tables: Tables,
+def abandon(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Call a chord whose producer dies between its commit and its publication."""
+    canvas = chord([add.s(n, n) for n in range(size)], xsum.s())
+    with monkeypatch.context() as armed:
+        armed.setattr(faults, "_armed", {"dispatch.committed": (faults._raise, None)})
+        with pytest.raises(faults.InjectedFault):
+            canvas.delay()
+
+
+def test_members_that_a_dead_producer_recorded_are_published_once(
+    app: Celery, backend: BarrierBackend, redis_broker: Broker, tables: Tables,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In one pass, each once; what was claimed meanwhile, or came to its end, is left alone."""
+    """What was claimed meanwhile, or came to its end, is left alone."""
     size, held = 25, 3
-    url = databases.backend_url(database_url)
-    app = make_app(redis_broker, url, pgbarrier_batch_size=10)
-    monkeypatch.setattr(faults, "_armed", {"dispatch.committed": (faults._raise, None)})
-    with pytest.raises(faults.InjectedFault):
-        chord([add.s(n, n) for n in range(size)], xsum.s()).delay()
-    monkeypatch.undo()
+    abandon(monkeypatch, size)
     assert tables.count("dispatch") == 1
-    assert reaper.run_once(app.backend).messages_published == 0, "a grace for its producer"
+    assert reaper.run_once(backend).messages_published == 0, "a grace for its producer"
     tables.ask(
         "UPDATE pgbarrier_task SET state = 'running', worker = gen_random_uuid(), due_at = NULL"
         " WHERE position < :held RETURNING 1",
         held=held,
     )
     tables.ask("UPDATE pgbarrier_dispatch SET due_at = clock_timestamp()")
-    relayed = relay.publish_interrupted(app.backend)
-    assert (relayed, redis_broker.depth()) == (size - held, size - held)
+    assert relay.publish_interrupted(backend) == redis_broker.depth() == size - held
     assert tables.count("dispatch") == 0
     assert tables.count("task", "publications = 1") == size - held
+    assert relay.publish_interrupted(backend) == 0
+
+
+def test_the_messages_of_a_large_chord_are_marked_batch_by_batch(
+    make_app: Callable[..., Celery], redis_broker: Broker, database_url: str, tables: Tables,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """So that of one whose producer dies in the middle only the rest is published again."""
+    size = 25
+    url = databases.backend_url(database_url)
+    app = make_app(redis_broker, url, pgbarrier_batch_size=10)
+    abandon(monkeypatch, size)
+    assert tables.count("task", "published_at IS NULL") == size
+    assert tables.count("dispatch") == 0
+    tables.overdue()
+    assert reaper.run_once(app.backend).messages_published == size
+    tables.ask("DELETE FROM pgbarrier_task")
+    redis_broker.purge()
+    chord([add.s(n, n) for n in range(size)], xsum.s()).delay()
+    marks = "SELECT count(DISTINCT date_trunc('millisecond', published_at)) FROM pgbarrier_task"
+    assert tables.count("task", "published_at IS NULL") == tables.count("dispatch") == 0
+    assert tables.value(marks) >= 2
+
+
+def test_the_reaper_does_not_try_a_broker_that_is_away_for_each_chord(
+    own_redis: EmbeddedBroker, own_broker: Broker, database_url: str, tables: Tables,
+    make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    app = make_app(own_broker, databases.backend_url(database_url))
+    for _ in range(3):
+        abandon(monkeypatch, 2)
+    tables.overdue()
+    own_redis.stop()
     assert relay.publish_interrupted(app.backend) == 0
+    assert tables.count("dispatch") == 2, "it stopped at the first"
+    assert tables.count("task", "published_at IS NULL") == 2
+    own_redis.start()
+    tables.overdue()
+    assert reaper.run_once(app.backend).messages_published == 6
+    assert own_broker.depth() == 6
+
+
+def test_a_late_confirmation_is_none_of_a_later_call(
+    app: Celery, backend: BarrierBackend, tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its producer was paused, and the ids are used again."""
+    abandon(monkeypatch, 2)
+    barrier_id = tables.value("SELECT barrier_id FROM pgbarrier_dispatch")
+    for call, left in (("gen_random_uuid()", 1), ("call", 0)):
+        calls = tables.value(f"SELECT ARRAY[{call}] FROM pgbarrier_dispatch")
+        parameters = {"ids": [barrier_id], "calls": [str(value) for value in calls]}
+        backend.database.count(sql.DISPATCH_DONE, parameters)
+        assert tables.count("dispatch") == left
 
 
 def test_what_was_published_is_not_published_again_by_the_reaper(
@@ -221,7 +277,8 @@ def test_a_confirmation_that_is_lost_costs_copies(
     path = str(tmp_path / "runs")
     result = chord([noted.s(n, path) for n in range(4)], xsum.s()).delay()
     tables.ask(
-        "INSERT INTO pgbarrier_dispatch (barrier_id, due_at) VALUES (:id, clock_timestamp())",
+        "INSERT INTO pgbarrier_dispatch (barrier_id, call, due_at)"
+        " VALUES (:id, gen_random_uuid(), clock_timestamp())",
         id=result.parent.id,
     )
     assert reaper.run_once(backend).messages_published == 4

@@ -20,14 +20,13 @@ VALUES: dict[str, Any] = {
     "keep": 3600.0,
     "since": "-infinity",
     "until": "-infinity",
-    "most": 4000,
     "after": 60.0,
 }
 
 #: Statements by the column of the index that they are to search.
 SEARCHED = {
     "TASKS_DUE": "due_at",
-    "PURGE_BOUNDS": "expires_at",
+    "PURGE_BOUND": "expires_at",
     "PURGE_TASKS": "expires_at",
     "PURGE_UNLOCKED": "expires_at",
     "PURGE_GROUPS": "expires_at",

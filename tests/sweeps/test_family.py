@@ -43,11 +43,13 @@ def test_all_of_it(engine: sa.Engine, app: Celery, redis_broker: Broker) -> None
     assert (counted(engine), redis_broker.depth(), len(inserted.task_ids)) == ((1, 3), 3, 3)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["own engine", "the backend's"])
 def test_a_failure_at_the_second_child_leaves_nothing(
-    engine: sa.Engine, app: Celery, redis_broker: Broker, database_url: str
+    engine: sa.Engine, app: Celery, redis_broker: Broker, database_url: str, given: bool
 ) -> None:
+    used = engine if given else None
     with pytest.raises(sa.exc.IntegrityError, match="number"):
-        family.insert(app, {}, [{"number": 1}, {"number": -2}, {"number": 3}], engine)
+        family.insert(app, {}, [{"number": 1}, {"number": -2}, {"number": 3}], used)
 
     def second_fails(item: Any) -> tuple[int]:
         if item.number == 2:
@@ -56,7 +58,7 @@ def test_a_failure_at_the_second_child_leaves_nothing(
 
     failing = Family(Batch, Item, link={"batch_id": "id"}, task="test.identity", args=second_fails)
     with pytest.raises(LookupError):
-        failing.insert(app, {}, [{"number": 1}, {"number": 2}], engine)
+        failing.insert(app, {}, [{"number": 1}, {"number": 2}], used)
     with pytest.raises(ValueError, match="without children"):
         family.insert(app, {}, [])
     assert (counted(engine), redis_broker.depth()) == ((0, 0), 0)

@@ -30,10 +30,10 @@ WITH opened AS (
       FROM opened, unnest(CAST(:remaining AS integer[])) WITH ORDINALITY AS x (remaining, place)
     ON CONFLICT (barrier_id, slot) DO UPDATE SET remaining = EXCLUDED.remaining
 ), dispatch AS (
-    INSERT INTO {s}pgbarrier_dispatch (barrier_id, due_at)
-    SELECT opened.id, clock_timestamp() + make_interval(secs => :grace) FROM opened
-     WHERE :size > 0
-    ON CONFLICT (barrier_id) DO UPDATE SET due_at = EXCLUDED.due_at
+    INSERT INTO {s}pgbarrier_dispatch (barrier_id, call, due_at)
+    SELECT opened.id, CAST(:call AS uuid), clock_timestamp() + make_interval(secs => :grace)
+      FROM opened WHERE CAST(:presumed AS float8) IS NOT NULL
+    ON CONFLICT (barrier_id) DO UPDATE SET call = EXCLUDED.call, due_at = EXCLUDED.due_at
 )
 SELECT (SELECT fresh FROM opened) AS fresh,
        (SELECT t.id FROM {s}pgbarrier_task t
@@ -55,7 +55,8 @@ UPDATE {s}pgbarrier_task SET barrier_id = NULL
 """
 
 #: Record messages and expected tasks; rows that live under another call are left alone.  Members
-#: are recorded as published: should their producer die first, DISPATCHES_DUE tells.
+#: of small chords are recorded as published (``presumed`` seconds from now, when their producer
+#: will be through with them): should it die first, DISPATCH_DUE tells.
 TASKS_RECORD = (
     """
 WITH recorded AS (
@@ -66,10 +67,13 @@ SELECT x.id, CAST(x.call AS uuid), x.barrier_id, x.slot, x.position,
        CASE WHEN x.message IS NULL THEN 'expected' ELSE 'queued' END,
        x.name, x.queue, x.message, CAST(x.eta AS timestamptz), x.reads,
        CASE WHEN x.message IS NULL THEN NULL
-            WHEN x.barrier_id IS NULL THEN clock_timestamp() + make_interval(secs => :grace)
-            ELSE GREATEST(now(), CAST(x.eta AS timestamptz)) + make_interval(secs => :after) END,
+            WHEN x.barrier_id IS NULL OR CAST(:presumed AS float8) IS NULL
+            THEN clock_timestamp() + make_interval(secs => :grace)
+            ELSE GREATEST(clock_timestamp(), CAST(x.eta AS timestamptz))
+                 + make_interval(secs => :after) END,
        CASE WHEN x.message IS NOT NULL AND x.barrier_id IS NOT NULL
-            THEN now() + x.position * interval '1 microsecond' END
+            THEN clock_timestamp() + make_interval(secs => CAST(:presumed AS float8))
+                 + x.position * interval '1 microsecond' END
   FROM unnest(CAST(:ids AS text[]), CAST(:calls AS text[]), CAST(:barriers AS text[]),
               CAST(:member_slots AS integer[]), CAST(:positions AS integer[]),
               CAST(:names AS text[]),
@@ -153,8 +157,9 @@ SELECT h.id, CAST(h.call AS text) AS call, h.body, h.structure, h.size, h.member
   FROM held AS h LEFT JOIN LATERAL (
        SELECT array_agg(t.id ORDER BY t.position, t.created_at, t.id) AS ids,
               array_agg(t.result ORDER BY t.position, t.created_at, t.id) AS results
-         FROM {s}pgbarrier_task t WHERE t.barrier_id = :id) AS small
-       ON h.members <= :few AND h.bytes <= CAST(:inline AS bigint)
+         FROM {s}pgbarrier_task t WHERE t.barrier_id = :id
+            AND h.members <= :few AND h.bytes <= CAST(:inline AS bigint)) AS small
+       ON true
 """
 
 #: Results by position in the header; an added member has the position of the one that added it.

@@ -74,7 +74,7 @@ FINISH_MEMBERS_BODY = (
     + """
        expires_at = NULL"""
     + _GIVEN
-    + """   AND COALESCE(t.barrier_id, '') <> ''
+    + """   AND COALESCE(t.barrier_id = ANY(CAST(:barriers AS text[])), false)
     RETURNING t.id, t.barrier_id, t.slot
 ), counted AS (
     SELECT barrier_id, slot, count(*) AS members FROM done GROUP BY barrier_id, slot

@@ -29,7 +29,8 @@ _TYPES = {
     "statuses": "text[]", "results": "bytea[]", "write_tokens": "uuid[]", "barriers": "text[]",
     "size": "integer", "slots": "integer", "state": "text", "body": "bytea", "structure": "bytea",
     "remaining": "integer[]", "body_ids": "text[]", "body_calls": "text[]",
-    "grace": "double precision", "after": "double precision", "few": "integer", "inline": "bigint",
+    "grace": "double precision", "after": "double precision",
+    "presumed": "double precision", "few": "integer", "inline": "bigint",
     "member_slots": "integer[]", "positions": "integer[]", "etas": "text[]", "reads": "text[]",
 }  # fmt: skip
 _GRANT = {"attempt": "integer", "crashes": "integer", "barrier_id": "text", "unflushed": "text"}

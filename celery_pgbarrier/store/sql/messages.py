@@ -26,22 +26,25 @@ SELECT count(*) AS marked FROM marked
 
 #: All messages of these barriers are with the broker.  Not flushed, like the mark.
 DISPATCH_DONE = """
-DELETE FROM {s}pgbarrier_dispatch WHERE barrier_id = ANY(CAST(:ids AS text[]))
+DELETE FROM {s}pgbarrier_dispatch AS d
+ USING unnest(CAST(:ids AS text[]), CAST(:calls AS uuid[])) AS x (id, call)
+ WHERE d.barrier_id = ANY(CAST(:ids AS text[])) AND d.barrier_id = x.id AND d.call = x.call
    AND (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL
 """
 
-#: Barriers whose producer should have published their messages by now.
-DISPATCHES_DUE = """
-SELECT d.barrier_id AS id, COALESCE(b.size, 0) AS size
-  FROM {s}pgbarrier_dispatch d LEFT JOIN {s}pgbarrier_barrier b ON b.id = d.barrier_id
- WHERE d.due_at <= (SELECT clock_timestamp()) ORDER BY d.due_at LIMIT :limit
+#: The barrier whose producer should have published its messages first, and has not said so.
+DISPATCH_DUE = """
+DELETE FROM {s}pgbarrier_dispatch WHERE barrier_id = (
+    SELECT barrier_id FROM {s}pgbarrier_dispatch WHERE due_at <= (SELECT clock_timestamp())
+     ORDER BY due_at LIMIT 1 FOR UPDATE SKIP LOCKED)
+RETURNING barrier_id
 """
 
 #: Messages of such a barrier that nobody has claimed: the producer may not have published them.
 MESSAGES_UNCONFIRMED = """
 SELECT id FROM {s}pgbarrier_task
- WHERE barrier_id = :id AND position >= :start AND position < :stop AND state = 'queued'
-   AND publications = 0 AND published_at IS NOT NULL AND due_at IS NOT NULL
+ WHERE barrier_id = :id AND state = 'queued' AND publications = 0
+   AND published_at IS NOT NULL AND due_at IS NOT NULL
  ORDER BY position FOR UPDATE SKIP LOCKED
 """
 

@@ -12,13 +12,11 @@ DELETE FROM {s}pgbarrier_worker w
    AND NOT EXISTS (SELECT 1 FROM {s}pgbarrier_task t WHERE t.worker = w.id)
 """
 
-#: Where the next batches of expired rows end: the expiry of every ``limit``-th entry of the index.
-PURGE_BOUNDS = """
-SELECT expires_at FROM (
-    SELECT expires_at, row_number() OVER (ORDER BY expires_at) AS place FROM {s}pgbarrier_task
-     WHERE expires_at < (SELECT clock_timestamp()) AND expires_at >= CAST(:since AS timestamptz)
-     ORDER BY expires_at LIMIT :most) AS first
- WHERE mod(place, CAST(:limit AS bigint)) = 0 ORDER BY expires_at
+#: Where the next batch of expired rows ends: the expiry of the first row that is not of it.
+PURGE_BOUND = """
+SELECT expires_at FROM {s}pgbarrier_task
+ WHERE expires_at < (SELECT clock_timestamp()) AND expires_at >= CAST(:since AS timestamptz)
+ ORDER BY expires_at OFFSET :limit LIMIT 1
 """
 
 #: Finished rows past their expiry that belong to no barrier.  Each batch begins where the last one

@@ -12,11 +12,12 @@ branch_labels = None
 depends_on = None
 
 #: Of the definitions of the functions: a test tells when they have changed and no migration has.
-DIGEST = "e66e20218de3c43c"
+DIGEST = "99e62264d4f4a77b"
 
 _TABLE = """
 CREATE TABLE {s}pgbarrier_dispatch (
     barrier_id text PRIMARY KEY,
+    call uuid NOT NULL,
     due_at timestamptz NOT NULL
 )
 """
