@@ -97,7 +97,7 @@ FUNCTIONS = {
         Function("open_barrier", barriers.BARRIER_OPEN_BODY, {"fresh": "boolean", "live": "text"}),
         Function("lock_barrier", barriers.BARRIER_LOCK_BODY, _CLOSING),
         Function("record_tasks", barriers.TASKS_RECORD, {"recorded": "bigint"}),
-        Function("mark_published", messages.TASKS_PUBLISHED, {"marked": "bigint"}),
+        Function("mark_published", messages.TASKS_PUBLISHED_FEW_BODY, {"marked": "bigint"}),
     )
 }
 
