@@ -44,6 +44,7 @@ def _pass() -> str:
     """One pass of the reaper on connections that are watched; what it did."""
     from celery_pgbarrier import reaper
 
+    app.backend.database.dispose()  # a connection that is kept would not be watched
     engine = app.backend.database.engine()
     if not sa.event.contains(engine, "checkout", _watch):
         sa.event.listen(engine, "checkout", _watch)

@@ -10,7 +10,7 @@ WITH sent AS MATERIALIZED (
     SELECT t.id, x.place
       FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
       JOIN {s}pgbarrier_task t ON t.id = x.id
-     WHERE t.state = 'queued' AND t.published_at IS NULL AND COALESCE(t.due_at > 'epoch', false)
+     WHERE t.state = 'queued' AND t.due_at IS NOT NULL AND t.published_at IS NULL
        FOR UPDATE OF t SKIP LOCKED
 ), marked AS (
     UPDATE {s}pgbarrier_task AS t
@@ -24,9 +24,11 @@ SELECT count(*) AS marked FROM marked
 """
 
 #: The same for a few, asked for by their ids besides (see :mod:`.batches`): of many, each would be
-#: compared with each.
+#: compared with each.  Of many, too, the planner needs to know what the conditions select.
 TASKS_PUBLISHED_FEW_BODY = TASKS_PUBLISHED.replace(
-    "t.state = 'queued' AND", "t.id = ANY(CAST(:ids AS text[])) AND t.state = 'queued' AND"
+    "t.state = 'queued' AND t.due_at IS NOT NULL",
+    "t.id = ANY(CAST(:ids AS text[])) AND t.state = 'queued'"
+    " AND COALESCE(t.due_at > 'epoch', false)",
 ).replace("t.id = sent.id", "t.id = ANY(CAST(:ids AS text[])) AND t.id = sent.id")
 
 #: All messages of these barriers are with the broker.  Not flushed, like the mark.

@@ -12,7 +12,7 @@ branch_labels = None
 depends_on = None
 
 #: Of the definitions of the functions: a test tells when they have changed and no migration has.
-DIGEST = "b315ffef65441e4d"
+DIGEST = "e9776ee748f832a8"
 
 _TABLE = """
 CREATE TABLE {s}pgbarrier_dispatch (
