@@ -4,14 +4,16 @@ from __future__ import annotations
 
 #: The broker has them, in this order; from now on they are overdue after republish_after.  What is
 #: being claimed at this moment needs no mark, and who claims many waits for nobody who marks many.
-#: Not flushed: what a crash of the server takes back is published once more.
+#: Not flushed: what a crash of the server takes back is published once more.  Each row is found by
+#: its id, whatever the statistics say of how many are queued or due.
 TASKS_PUBLISHED = """
 WITH sent AS MATERIALIZED (
-    SELECT t.id, x.place
-      FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place)
-      JOIN {s}pgbarrier_task t ON t.id = x.id
-     WHERE t.state = 'queued' AND t.due_at IS NOT NULL AND t.published_at IS NULL
-       FOR UPDATE OF t SKIP LOCKED
+    SELECT held.id, x.place
+      FROM unnest(CAST(:ids AS text[])) WITH ORDINALITY AS x (id, place) CROSS JOIN LATERAL (
+           SELECT t.id FROM {s}pgbarrier_task t
+            WHERE t.id = x.id AND t.state = 'queued' AND t.published_at IS NULL
+              AND COALESCE(t.due_at > 'epoch', false)
+              FOR UPDATE SKIP LOCKED) AS held
 ), marked AS (
     UPDATE {s}pgbarrier_task AS t
        SET published_at = now() + sent.place * interval '1 microsecond',
@@ -23,13 +25,10 @@ WITH sent AS MATERIALIZED (
 SELECT count(*) AS marked FROM marked
 """
 
-#: The same for a few, asked for by their ids besides (see :mod:`.batches`): of many, each would be
-#: compared with each.  Of many, too, the planner needs to know what the conditions select.
+#: The same for a few, asked for by their ids besides: see :mod:`.batches`.
 TASKS_PUBLISHED_FEW_BODY = TASKS_PUBLISHED.replace(
-    "t.state = 'queued' AND t.due_at IS NOT NULL",
-    "t.id = ANY(CAST(:ids AS text[])) AND t.state = 'queued'"
-    " AND COALESCE(t.due_at > 'epoch', false)",
-).replace("t.id = sent.id", "t.id = ANY(CAST(:ids AS text[])) AND t.id = sent.id")
+    "t.id = sent.id", "t.id = ANY(CAST(:ids AS text[])) AND t.id = sent.id"
+)
 
 #: All messages of these barriers are with the broker.  Not flushed, like the mark.
 DISPATCH_DONE = """

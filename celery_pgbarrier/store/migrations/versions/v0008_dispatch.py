@@ -12,7 +12,7 @@ branch_labels = None
 depends_on = None
 
 #: Of the definitions of the functions: a test tells when they have changed and no migration has.
-DIGEST = "e9776ee748f832a8"
+DIGEST = "9c9a6093b9e1ce12"
 
 _TABLE = """
 CREATE TABLE {s}pgbarrier_dispatch (
