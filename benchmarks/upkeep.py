@@ -44,9 +44,9 @@ def _pass() -> str:
     """One pass of the reaper on connections that are watched; what it did."""
     from celery_pgbarrier import reaper
 
-    app.backend.database.dispose()  # a connection that is kept would not be watched
     engine = app.backend.database.engine()
     if not sa.event.contains(engine, "checkout", _watch):
+        app.backend.database.dispose()  # a connection that is kept would not be watched
         sa.event.listen(engine, "checkout", _watch)
     return repr(reaper.run_once(app.backend))
 
