@@ -110,7 +110,7 @@ def test_processes_are_killed_in_a_backlog(scene: Scene) -> None:
     worker = warm(scene)
     chords = 6
     for number in range(chords):
-        scene.submit(f"kill {number}", MANY, 0.002)
+        scene.submit(f"kill {number}", MANY, 0.01)  # longer than a process waits for the next
     for share in range(1, 7):
         want = share * chords * MANY // 8
         wait_until(lambda want=want: scene.finished() >= want, 60, scene.report)
