@@ -22,19 +22,16 @@ logger = logging.getLogger(__name__)
 def publish(host: Host, unit: Unit) -> None:
     """Publish a committed unit's messages and say so, batch by batch; nothing is raised."""
     messages, batch = unit.messages, host.settings.batch_size
-    left = messages
-    while left:
-        chunk, rest = left[:batch], left[batch:]
+    for start in range(0, len(messages), batch):
+        chunk = messages[start : start + batch]
         taken = set(dispatch.publish(host.app, [(m.task_id, m.envelope) for m in chunk]))
-        sent = [m.task_id for m in chunk if m.task_id in taken and not m.presumed]
-        mark_published(host, sent)
+        mark_published(host, [m.task_id for m in chunk if m.task_id in taken and not m.presumed])
         missed = [m for m in chunk if m.task_id not in taken]
-        left = missed + rest
+        if any(m.presumed for m in chunk):  # all that are stand in one batch
+            unsent = [m.task_id for m in missed if m.presumed]
+            _quietly(partial(_confirm, host, unit, unsent), "saying that a chord is published")
         if missed:  # the broker is away: the reaper does the rest
             break
-    if any(message.presumed for message in messages):
-        unsent = [message.task_id for message in left if message.presumed]
-        _quietly(partial(_confirm, host, unit, unsent), "saying that a chord is published")
     for send in unit.sent_events:
         _quietly(partial(_send_event, host, send), "task-sent event")
 
