@@ -9,8 +9,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -226,6 +226,17 @@ class Database:
                 + ("psycopg2-binary" if error.name == "psycopg2" else "'celery-pgbarrier[psycopg]'")
             ) from None
 
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        """Lend a connection, which is kept for the next statement if all went well."""
+        connection, since = self._take()
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        self._give(connection, since)
+
     def _take(self) -> tuple[Connection, float]:
         """Return a connection, kept or of the pool, and when it was taken from the pool."""
         engine = self.engine()
@@ -312,18 +323,16 @@ class Database:
         """
 
         def attempt(committing: Callable[[], None]) -> T:
-            connection, since = self._take()
-            try:
-                direct.run(connection, self._begin, {})
-                result = work(connection)
-                committing()
-                direct.run(connection, "COMMIT", {})
-            except BaseException:
-                _roll_back(connection)
-                connection.close()
-                raise
-            self._give(connection, since)
-            return result
+            with self._connection() as connection:
+                try:
+                    direct.run(connection, self._begin, {})
+                    result = work(connection)
+                    committing()
+                    direct.run(connection, "COMMIT", {})
+                except BaseException:
+                    _roll_back(connection)
+                    raise
+                return result
 
         return self._persist(attempt, patience, check)
 
@@ -344,15 +353,9 @@ class Database:
         self, template: str, parameters: Mapping[str, Any], patience: float
     ) -> tuple[list[Any], int]:
         def attempt(committing: Callable[[], None]) -> tuple[list[Any], int]:
-            connection, since = self._take()
-            try:
+            with self._connection() as connection:
                 committing()
-                done = direct.run(connection, self.sql.plain(template), parameters)
-            except BaseException:
-                connection.close()
-                raise
-            self._give(connection, since)
-            return done
+                return direct.run(connection, self.sql.plain(template), parameters)
 
         return self._persist(attempt, patience)
 
