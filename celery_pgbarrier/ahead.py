@@ -7,6 +7,9 @@ ahead, and the process that runs a task claimed so leaves the plain outcome of i
 clerk.  All else (an idle worker, long tasks, retries, failures, links, late acknowledgement) goes
 the way for one task; so does whatever a batch leaves out, and a claim that has grown older than a
 heartbeat is made sure of by the process before it runs the task.
+
+The message of a very short task is acknowledged when it is claimed: its row has all that the
+broker knew, and the next message comes, which otherwise waits for a process to be free.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ from celery_pgbarrier.unit import STAMP, Outcome, Stamp, Unit
 #: Tasks that take longer (seconds, on average) are not claimed ahead: it would save nothing, and a
 #: claim that waits is one that a dead worker keeps for a lease.
 _SHORT = 0.05
+#: Messages of tasks that take less (seconds, on average) are acknowledged with their claim.
+_BRIEF = 0.01
+#: How much work is claimed ahead for a process (seconds), and at least and at most how many tasks.
+_WORK, _LEAST, _LARGEST = 0.02, 2, 8
 #: The weight of the last run in the average.
 _LAST = 0.2
 
@@ -87,7 +94,7 @@ class Ahead:
         if not _eligible(request):
             return
         request.on_success = partial(self._succeeded, request)
-        if self._takes.get(request.task.name, _SHORT) < _SHORT:
+        if self._takes_of(request) < _SHORT:
             self._waiting[request] = None
             # Where it has not to wait, this is undone at once.
             request.execute_using_pool = partial(self._execute, request)
@@ -112,34 +119,57 @@ class Ahead:
         self._look()
         return request.execute_using_pool(pool, **options)
 
+    def _takes_of(self, request: Any) -> float:
+        """Return how long a task of this kind takes (seconds)."""
+        return self._takes.get(request.task.name, _SHORT)
+
     def _look(self) -> None:
         """Have the next batch claimed when it is time; tell whether more outcomes are to come."""
-        granted, waiting, few = len(self._granted), len(self._waiting), self._processes
-        soon = waiting >= 2 * few and granted < 2 * few  # more at once, rather than at once
-        if (soon or (waiting >= 2 and granted < few)) and self.clerk.claiming:
+        while self.clerk.granted:
+            self.clerk.granted.popleft()()  # acknowledges a message
+        if len(self._waiting) >= 2 and self.clerk.claiming and self._few():
             requests = list(islice(self._waiting, self._most))
             for request in requests:
                 del self._waiting[request]
-                self._granted[request] = Grant(
-                    request.id,
-                    request.stamp,
-                    request.task.name,
-                    partial(_envelope, request),
-                    self.clerk.token(),
-                )
+                self._granted[request] = self._grant(request)
             self.clerk.claim([self._granted[request] for request in requests])
         if self.clerk.quiet.is_set() is bool(self._granted):
             (self.clerk.quiet.clear if self._granted else self.clerk.quiet.set)()
 
+    def _few(self) -> bool:
+        """Tell whether few claims are left; early enough for many at once where many wait."""
+        processes, left = self._processes, len(self._granted)
+        if left < processes or len(self._waiting) < 2 * processes:
+            return left < processes
+        takes = self._takes_of(next(iter(self._waiting)))
+        each = min(max(_WORK / takes if takes else _LARGEST, _LEAST), _LARGEST)
+        return left < min(each * processes, max(_LEAST * processes, self._most))
+
+    def _grant(self, request: Any) -> Grant:
+        early = self._takes_of(request) < _BRIEF and not request.task.acks_late
+        return Grant(
+            request.id,
+            request.stamp,
+            request.task.name,
+            partial(_envelope, request),
+            self.clerk.token(),
+            request.acknowledge if early else None,
+        )
+
     def withdraw(self, patience: float) -> None:
-        """Release what waits claimed: the broker brings these messages to whoever is there."""
+        """Release what waits claimed: these messages go to whoever is there.
+
+        The broker brings them again, but for those that were acknowledged: these are published.
+        """
         granted, self._granted = self._granted, {}
+        self.clerk.granted.clear()
         for request in [*granted, *self._waiting]:
             del request.execute_using_pool
         self._waiting.clear()
         self.clerk.quiet.set()
         if granted:
-            self.clerk.release(list(granted.values()), patience)
+            gone = [request.id for request in granted if request.acknowledged]
+            self.clerk.release(list(granted.values()), gone, patience)
 
 
 #: The one of this worker; pool processes inherit it.

@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from celery_pgbarrier import barrier
 from celery_pgbarrier.barrier import Releasing
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable
-from celery_pgbarrier.lease import boot
+from celery_pgbarrier.lease import boot, publish_recorded
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.store.tasks import array
 from celery_pgbarrier.unit import Fence, Outcome, Stamp, Unit
@@ -51,13 +52,17 @@ def now() -> float:
 
 @dataclass
 class Grant:
-    """A claim that is made ahead; ``granted_at`` (monotonic time) is 0 while it is not granted."""
+    """A claim that is made ahead; ``granted_at`` (monotonic time) is 0 while it is not granted.
+
+    ``acknowledge``: how to acknowledge its message, where that is done once it is granted.
+    """
 
     task_id: str
     stamp: Stamp
     name: str
     envelope: Callable[[], Envelope]
     token: str
+    acknowledge: Callable[[], None] | None = None
     granted_at: float = 0.0
     barrier_id: str | None = None
 
@@ -87,6 +92,8 @@ class Clerk:
         self._marks: dict[bytes, threading.Event] = {}
         self._threads: list[threading.Thread] = []
         self._bits = random.Random().getrandbits  # of this worker: seeded by the system
+        #: What acknowledges the messages of grants, for the thread of the event loop.
+        self.granted: deque[Callable[[], None]] = deque()
         #: Whether orders are taken.
         self.claiming = True
         #: Set while no messages wait in the worker: there is no use in waiting for more outcomes.
@@ -126,12 +133,16 @@ class Clerk:
 
     def claim(self, grants: list[Grant]) -> None:
         """Have tasks claimed: those that are say so some time later."""
-        self._orders.put(partial(_claim, grants))
+        self._orders.put(partial(_claim, grants, self.granted))
 
-    def release(self, grants: list[Grant], patience: float) -> None:
-        """Have claims released, and wait for it for at most *patience* seconds."""
+    def release(self, grants: list[Grant], gone: list[str], patience: float) -> None:
+        """Have claims released, and wait for it for at most *patience* seconds.
+
+        Parameters:
+            gone: ids of tasks whose messages the broker has no more; they are published after it.
+        """
         done = threading.Event()
-        self._orders.put(partial(_release, grants, done))
+        self._orders.put(partial(_release, grants, gone, done))
         done.wait(patience)
 
     def leave(self, outcome: Outcome) -> bool:
@@ -218,7 +229,7 @@ def _logged(what: str) -> Iterator[None]:
         logger.exception("%s", what)
 
 
-def _claim(grants: list[Grant], host: Releasing) -> None:
+def _claim(grants: list[Grant], granted: deque[Callable[[], None]], host: Releasing) -> None:
     """Claim tasks, in one statement those with a row and in another those without."""
     by_token = {grant.token: grant for grant in grants}
     grants = sorted(grants, key=lambda grant: grant.task_id)  # one order of locks for all
@@ -241,20 +252,28 @@ def _claim(grants: list[Grant], host: Releasing) -> None:
             parameters["queues"] = array(envelope.queue for envelope in envelopes)
             parameters["messages"] = array(envelope.encode() for envelope in envelopes)
         for row in host.database.statement(statement, parameters):
-            by_token[row.token].barrier_id = row.barrier_id
-            by_token[row.token].granted_at = at
+            grant = by_token[row.token]
+            grant.barrier_id = row.barrier_id
+            grant.granted_at = at
+            if grant.acknowledge is not None:
+                granted.append(grant.acknowledge)
 
 
-def _release(grants: list[Grant], done: threading.Event, host: Releasing) -> None:
+def _release(
+    grants: list[Grant], gone: Sequence[str], done: threading.Event, host: Releasing
+) -> None:
     parameters = {
         "ids": array(grant.task_id for grant in grants),
         "tokens": array(grant.token for grant in grants),
+        "gone": array(gone),
         "after": host.settings.republish_after,
+        "grace": host.settings.publish_grace,
     }
     try:
         host.database.count(sql.RELEASE_AHEAD, parameters, host.settings.heartbeat)
     finally:
         done.set()
+    publish_recorded(host, gone)
 
 
 def _commit(host: Releasing, outcomes: list[Outcome]) -> None:

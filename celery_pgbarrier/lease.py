@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -16,6 +16,7 @@ from celery_pgbarrier.dispatch import publish
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.outbox import mark_published
 from celery_pgbarrier.store import sql
+from celery_pgbarrier.store.tasks import array
 from celery_pgbarrier.unit import STAMP, Fence, Host, Message, Stamp, Unit
 
 logger = logging.getLogger(__name__)
@@ -280,7 +281,7 @@ def put_back(
     if rows:
         faults.point("reap.released")
         if publish_now:
-            publish_recorded(host, held.task_id)
+            publish_recorded(host, [held.task_id])
         return Loss.RELEASED
     seen = inspect(host, held.task_id, patience)
     if seen is None:
@@ -303,12 +304,13 @@ def inspect(host: Host, task_id: str, patience: float) -> Held | None:
     return Held(task_id, **{field: held[field] for field in fields})
 
 
-def publish_recorded(host: Host, task_id: str) -> None:
-    """Publish a queued task's recorded message now."""
-    rows = host.database.statement(sql.MESSAGE, {"id": task_id}, 1.0)
-    if rows and rows[0].message is not None:
-        envelope = Envelope.decode(rows[0].message).copied(rows[0].copies)
-        mark_published(host, publish(host.app, [(task_id, envelope)]))
+def publish_recorded(host: Host, ids: Sequence[str]) -> None:
+    """Publish queued tasks' recorded messages now."""
+    if not ids:
+        return
+    rows = host.database.statement(sql.MESSAGES, {"ids": array(ids)}, 1.0)
+    envelopes = ((row.id, Envelope.decode(row.message).copied(row.copies)) for row in rows)
+    mark_published(host, publish(host.app, envelopes))
 
 
 def abandon(host: Host, attempt: Attempt) -> None:

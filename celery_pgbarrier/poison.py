@@ -96,7 +96,7 @@ def retry(host: Host, task_id: str) -> Retried:
         if held is None or held.call != call:
             raise
         rejoined = held.barrier_id is not None  # the answer to an earlier COMMIT was lost
-    publish_recorded(host, task_id)
+    publish_recorded(host, [task_id])
     return Retried(task_id, rejoined)
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from celery_pgbarrier.store.migrations.versions import v0008_dispatch as newest
+from celery_pgbarrier.store.migrations.versions import v0009_flushed_claims as newest
 from celery_pgbarrier.store.sql.functions import FUNCTIONS, Function
 
 

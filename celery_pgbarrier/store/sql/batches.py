@@ -8,6 +8,7 @@ index stands: whatever order a plan takes, it reads these rows and no others (:m
 from __future__ import annotations
 
 #: Grant tasks that have no row yet, as CLAIM_FIRST does.  ``pid`` 0: no process runs them so far.
+#: It is flushed, unlike other first claims: the row may be all there is of a task from then on.
 CLAIM_FIRSTS_BODY = """
 INSERT INTO {s}pgbarrier_task
        (id, call, seq, state, attempt, token, worker, pid, thread, name, queue, message,
@@ -20,7 +21,7 @@ SELECT g.id, g.call, g.seq, 'running', 1, g.token, w.id, 0, 0, g.name, g.queue, 
        {s}pgbarrier_worker w
  WHERE w.id = CAST(:worker AS uuid) AND w.state <> 'dead'
 ON CONFLICT (id) DO NOTHING
-RETURNING CAST(token AS text) AS token, barrier_id, set_config('synchronous_commit', 'off', true)
+RETURNING CAST(token AS text) AS token, barrier_id
 """
 
 #: Grant recorded tasks for the first time, as CLAIM_QUEUED does.
@@ -109,11 +110,18 @@ SELECT id, CAST(NULL AS text) AS ready FROM done
 """
 )
 
-#: What was granted in advance is not going to run here: its message is at the broker again.
+#: What was granted in advance is not going to run here: its message is at the broker again, or is
+#: published as soon as this is committed, where it was acknowledged (``gone``).
 RELEASE_AHEAD = """
 UPDATE {s}pgbarrier_task AS t
-   SET state = 'queued', token = NULL, worker = NULL, published_at = clock_timestamp(),
-       due_at = clock_timestamp() + make_interval(secs => :after)
-  FROM unnest(CAST(:ids AS text[]), CAST(:tokens AS uuid[])) AS g (id, token)
+   SET state = 'queued', token = NULL, worker = NULL,
+       copies = t.copies + CAST(g.gone AS integer),
+       publications = CASE WHEN g.gone THEN 0 ELSE t.publications END,
+       published_at = CASE WHEN g.gone THEN NULL ELSE clock_timestamp() END,
+       due_at = clock_timestamp()
+                + make_interval(secs => CASE WHEN g.gone THEN CAST(:grace AS float8)
+                                             ELSE CAST(:after AS float8) END)
+  FROM (SELECT id, token, id = ANY(CAST(:gone AS text[])) AS gone
+          FROM unnest(CAST(:ids AS text[]), CAST(:tokens AS uuid[])) AS given (id, token)) AS g
  WHERE t.id = g.id AND t.state = 'running' AND t.token = g.token
 """

@@ -76,7 +76,7 @@ class Function:
 
 
 _READY = {"ready": "text"}
-_GRANTS = {"token": "text", "barrier_id": "text", "unflushed": "text"}
+_GRANTED = {"token": "text", "barrier_id": "text"}
 _READIES = {"id": "text", "ready": "text"}
 _CLOSING = {
     "id": "text", "call": "text", "body": "bytea", "structure": "bytea", "size": "integer",
@@ -90,8 +90,8 @@ FUNCTIONS = {
         Function("claim_queued", claims.CLAIM_QUEUED_BODY, _GRANT),
         Function("finish_alone", outcomes.FINISH_ALONE_BODY, _READY),
         Function("finish_member", outcomes.FINISH_MEMBER_BODY, _READY),
-        Function("claim_firsts", batches.CLAIM_FIRSTS_BODY, _GRANTS),
-        Function("claim_queueds", batches.CLAIM_QUEUEDS_BODY, _GRANTS),
+        Function("claim_firsts", batches.CLAIM_FIRSTS_BODY, _GRANTED),
+        Function("claim_queueds", batches.CLAIM_QUEUEDS_BODY, {**_GRANTED, "unflushed": "text"}),
         Function("finish_alones", batches.FINISH_ALONES_BODY, _READIES),
         Function("finish_members", batches.FINISH_MEMBERS_BODY, _READIES),
         Function("open_barrier", barriers.BARRIER_OPEN_BODY, {"fresh": "boolean", "live": "text"}),

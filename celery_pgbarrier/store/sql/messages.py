@@ -158,4 +158,7 @@ UPDATE {s}pgbarrier_task AS t
      ORDER BY h.id FOR UPDATE OF h SKIP LOCKED))
 """
 
-MESSAGE = "SELECT message, copies FROM {s}pgbarrier_task WHERE id = :id AND state = 'queued'"
+MESSAGES = """
+SELECT id, message, copies FROM {s}pgbarrier_task
+ WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued' AND message IS NOT NULL
+"""

@@ -11,9 +11,6 @@ down_revision = "0007"
 branch_labels = None
 depends_on = None
 
-#: Of the definitions of the functions: a test tells when they have changed and no migration has.
-DIGEST = "9c9a6093b9e1ce12"
-
 _TABLE = """
 CREATE TABLE {s}pgbarrier_dispatch (
     barrier_id text PRIMARY KEY,
