@@ -33,7 +33,7 @@ _SHORT = 0.05
 #: Messages of tasks that take less (seconds, on average) are acknowledged with their claim.
 _BRIEF = 0.01
 #: How much work is claimed ahead for a process (seconds), and at least and at most how many tasks.
-_WORK, _LEAST, _LARGEST = 0.02, 2, 8
+_WORK, _LEAST, _LARGEST = 0.05, 2, 8
 #: The weight of the last run in the average.
 _LAST = 0.2
 
