@@ -22,6 +22,7 @@ from typing import Any
 
 from kombu.utils.encoding import ensure_bytes
 
+from celery_pgbarrier import bulk
 from celery_pgbarrier.clerk import LARGEST, Clerk, Grant, now
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.lease import Attempt, boot
@@ -32,8 +33,8 @@ from celery_pgbarrier.unit import STAMP, Outcome, Stamp, Unit
 _SHORT = 0.05
 #: Messages of tasks that take less (seconds, on average) are acknowledged with their claim.
 _BRIEF = 0.01
-#: How much work is claimed ahead for a process (seconds), and at least and at most how many tasks.
-_WORK, _LEAST, _LARGEST = 0.05, 2, 8
+#: How much work is claimed ahead for a process at most: in seconds, and in tasks.
+_WORK, _LARGEST = 0.05, 8
 #: The weight of the last run in the average.
 _LAST = 0.2
 
@@ -87,6 +88,8 @@ class Ahead:
         self._waiting: dict[Any, None] = {}
         self._granted: dict[Any, Grant] = {}
         self._takes: dict[str, float] = {}
+        #: Whether acknowledgements may be written together.
+        self.together = True
         self.clerk.quiet.set()
 
     def received(self, request: Any) -> None:
@@ -125,8 +128,8 @@ class Ahead:
 
     def _look(self) -> None:
         """Have the next batch claimed when it is time; tell whether more outcomes are to come."""
-        while self.clerk.granted:
-            self.clerk.granted.popleft()()  # acknowledges a message
+        if self.clerk.granted:
+            self._acknowledge()
         if len(self._waiting) >= 2 and self.clerk.claiming and self._few():
             requests = list(islice(self._waiting, self._most))
             for request in requests:
@@ -136,14 +139,30 @@ class Ahead:
         if self.clerk.quiet.is_set() is bool(self._granted):
             (self.clerk.quiet.clear if self._granted else self.clerk.quiet.set)()
 
+    def _acknowledge(self) -> None:
+        """Acknowledge the messages of what is granted, written together where that can be."""
+        requests = []
+        while self.clerk.granted:
+            request = self.clerk.granted.popleft()
+            if not request.acknowledged:
+                requests.append(request)
+        together = bool(requests) and self.together
+        if together and bulk.acknowledge([request.message for request in requests]):
+            for request in requests:
+                request.acknowledged = True
+        for request in requests:
+            request.acknowledge()  # as Celery does; nothing where it is done
+
     def _few(self) -> bool:
         """Tell whether few claims are left; early enough for many at once where many wait."""
-        processes, left = self._processes, len(self._granted)
-        if left < processes or len(self._waiting) < 2 * processes:
+        processes, left, waiting = self._processes, len(self._granted), len(self._waiting)
+        if left < processes or waiting < 2 * processes:
             return left < processes
+        if left < 2 * processes or waiting < 4 * processes:
+            return left < 2 * processes
         takes = self._takes_of(next(iter(self._waiting)))
-        each = min(max(_WORK / takes if takes else _LARGEST, _LEAST), _LARGEST)
-        return left < min(each * processes, max(_LEAST * processes, self._most))
+        each = min(_WORK / takes if takes else _LARGEST, _LARGEST)
+        return left < min(each * processes, self._most)
 
     def _grant(self, request: Any) -> Grant:
         early = self._takes_of(request) < _BRIEF and not request.task.acks_late
@@ -153,7 +172,7 @@ class Ahead:
             request.task.name,
             partial(_envelope, request),
             self.clerk.token(),
-            request.acknowledge if early else None,
+            request if early else None,
         )
 
     def withdraw(self, patience: float) -> None:

@@ -1,5 +1,7 @@
 """Many messages to the broker at once: what :meth:`kombu.Producer.publish` sends, with less work.
 
+And many acknowledgements: over AMQP their frames are written together too.
+
 Three ways, the first that fits:
 
 - AMQP (py-amqp): the frames of many messages are written together.  The format is AMQP 0-9-1
@@ -13,16 +15,21 @@ route through the producer itself; see :mod:`celery_pgbarrier.dispatch`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from struct import pack
 from typing import Any, Protocol
 
+from amqp.exceptions import AMQPError
 from amqp.serialization import dumps
-from kombu import Producer
+from kombu import Message, Producer
 from kombu.transport.pyamqp import Channel
 
+from celery_pgbarrier import compat
 from celery_pgbarrier.envelope import Envelope
+
+logger = logging.getLogger(__name__)
 
 #: Bytes that are gathered before they are written: some 50 messages, less than a socket buffer.
 _WRITE_AT = 65536
@@ -115,6 +122,31 @@ class _Batched:
         self._kept = 0
 
 
+def acknowledge(messages: Sequence[Message]) -> bool:
+    """Acknowledge messages of one channel, written together; False where that cannot be.
+
+    Nothing is raised: where the connection is lost, the broker brings the messages again.
+    """
+    channel = messages[0].channel
+    if type(channel) is not Channel or not channel.is_open or channel.no_ack_consumers:
+        return False
+    if any(message.channel is not channel or message.acknowledged for message in messages):
+        return False
+    frames = bytearray()
+    for message in messages:
+        frames += _frame(channel, 1, pack(">HHQB", 60, 80, message.delivery_tag, 0))
+        compat.set_acknowledged(message)
+    try:
+        channel.connection.transport.write(bytes(frames))
+    except (OSError, AMQPError) as error:
+        logger.warning("%d messages are not acknowledged: %r", len(messages), error)
+    return True
+
+
+def _frame(channel: Any, kind: int, payload: bytes) -> bytes:
+    return pack(">BHI", kind, channel.channel_id, len(payload)) + payload + _END
+
+
 def _frames_fit(channel: Any) -> bool:
     """Tell whether frames may be written to a channel: py-amqp's, without confirmations."""
     if type(channel) is not Channel or not channel.is_open:
@@ -160,23 +192,22 @@ class _Frames:
     def _publish(self, envelope: Envelope) -> None:
         Producer(self._channel, auto_declare=False).publish(envelope.body, **arguments(envelope))
 
-    def _frame(self, kind: int, payload: bytes) -> bytes:
-        return pack(">BHI", kind, self._channel.channel_id, len(payload)) + payload + _END
-
     def _method(self, envelope: Envelope) -> bytes:
         key = (envelope.exchange, envelope.routing_key)
         found = self._items.get(key)
         if found is None:
             route = _short(envelope.exchange) + _short(envelope.routing_key)
-            found = self._items[key] = self._frame(1, pack(">HHH", 60, 40, 0) + route + b"\0")
+            found = self._items[key] = _frame(
+                self._channel, 1, pack(">HHH", 60, 40, 0) + route + b"\0"
+            )
         return found
 
     def _content(self, envelope: Envelope) -> bytes:
         body = envelope.body
         header = pack(">HHQ", 60, 0, len(body)) + self._properties(envelope)
-        frames = [self._frame(2, header)]
+        frames = [_frame(self._channel, 2, header)]
         for start in range(0, len(body), self._most):
-            frames.append(self._frame(3, body[start : start + self._most]))
+            frames.append(_frame(self._channel, 3, body[start : start + self._most]))
         return b"".join(frames)
 
     def _properties(self, envelope: Envelope) -> bytes:

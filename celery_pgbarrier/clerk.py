@@ -54,7 +54,7 @@ def now() -> float:
 class Grant:
     """A claim that is made ahead; ``granted_at`` (monotonic time) is 0 while it is not granted.
 
-    ``acknowledge``: how to acknowledge its message, where that is done once it is granted.
+    ``request``: where its message is to be acknowledged once it is granted, the request.
     """
 
     task_id: str
@@ -62,7 +62,7 @@ class Grant:
     name: str
     envelope: Callable[[], Envelope]
     token: str
-    acknowledge: Callable[[], None] | None = None
+    request: Any = None
     granted_at: float = 0.0
     barrier_id: str | None = None
 
@@ -92,8 +92,8 @@ class Clerk:
         self._marks: dict[bytes, threading.Event] = {}
         self._threads: list[threading.Thread] = []
         self._bits = random.Random().getrandbits  # of this worker: seeded by the system
-        #: What acknowledges the messages of grants, for the thread of the event loop.
-        self.granted: deque[Callable[[], None]] = deque()
+        #: Requests that are granted and whose messages are to be acknowledged.
+        self.granted: deque[Any] = deque()
         #: Whether orders are taken.
         self.claiming = True
         #: Set while no messages wait in the worker: there is no use in waiting for more outcomes.
@@ -229,7 +229,7 @@ def _logged(what: str) -> Iterator[None]:
         logger.exception("%s", what)
 
 
-def _claim(grants: list[Grant], granted: deque[Callable[[], None]], host: Releasing) -> None:
+def _claim(grants: list[Grant], granted: deque[Any], host: Releasing) -> None:
     """Claim tasks, in one statement those with a row and in another those without."""
     by_token = {grant.token: grant for grant in grants}
     grants = sorted(grants, key=lambda grant: grant.task_id)  # one order of locks for all
@@ -255,8 +255,8 @@ def _claim(grants: list[Grant], granted: deque[Callable[[], None]], host: Releas
             grant = by_token[row.token]
             grant.barrier_id = row.barrier_id
             grant.granted_at = at
-            if grant.acknowledge is not None:
-                granted.append(grant.acknowledge)
+            if grant.request is not None:
+                granted.append(grant.request)
 
 
 def _release(

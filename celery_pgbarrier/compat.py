@@ -10,6 +10,9 @@ Checked against Celery 5.5.3, 5.6.3 and 5.7.0:
   wrapped for the one chord call during which the backend, and with it this package, is loaded.
 - ``kombu.transport.virtual.Channel._size``: how many messages wait in a queue of a transport like
   Redis; its public passive declaration leaves out ``global_keyprefix`` (kombu 5.5 to 5.6).
+- ``kombu.Message._state``: set where acknowledgements of many messages are written together.
+- ``Consumer.restart_count``: whether a consumer has lost its connection; each acknowledgement
+  then raises the prefetch count again, as Celery wants it.
 - ``Request._request_dict``: the headers of the message of a request, in a worker's parent.
 - ``WorkController.semaphore`` and ``pool_start_method``: which pool a worker has.
 - ``Task.request_stack``/``celery.current_task``: the request of the task that runs in this thread.
@@ -72,6 +75,16 @@ def _runs_inline(backend: Any, errback: Any) -> bool:
 def request_header(request: Any, name: str) -> Any:
     """Return a header of the message that a worker's request was made of, None without it."""
     return request._request_dict.get(name)
+
+
+def set_acknowledged(message: Any) -> None:
+    """Take note that a kombu message is acknowledged."""
+    message._state = "ACK"
+
+
+def restarted(consumer: Any) -> bool:
+    """Tell whether a worker's consumer has lost its connection before."""
+    return bool(consumer.restart_count > 0)
 
 
 def forks_with_event_loop(worker: Any) -> bool:

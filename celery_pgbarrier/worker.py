@@ -261,6 +261,11 @@ class AheadStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
+    def start(self, parent: Any) -> None:
+        """Take note of whether Celery wants to know of each acknowledgement."""
+        if ahead.current is not None:
+            ahead.current.together = not compat.restarted(parent)
+
     def stop(self, parent: Any) -> None:
         """Release it before the broker brings the messages again."""
         if ahead.current is not None:

@@ -28,6 +28,8 @@ MANY = 120
 AHEAD = "SELECT count(DISTINCT id) FROM task_history WHERE became = 'running' AND pid = 0"
 TRANSACTIONS = "SELECT count(DISTINCT CAST(xmin AS text)) FROM pgbarrier_task WHERE state = 'done'"
 HELD = "SELECT id, state, crashes FROM pgbarrier_task WHERE state NOT IN ('done', 'queued')"
+QUEUED = "SELECT count(*) FROM pgbarrier_task WHERE state = 'queued'"
+UNPUBLISHED = f"{QUEUED} AND published_at IS NULL"
 RUNS = "SELECT attempt, crashes, count(*) FROM pgbarrier_task GROUP BY 1, 2 ORDER BY 1, 2"
 
 
@@ -105,6 +107,36 @@ def test_late_acknowledgement_waits_for_the_outcome(
 
 
 @pytest.mark.slow
+@pytest.mark.rabbitmq
+def test_messages_of_very_short_tasks_go_with_their_claims(
+    make_scene: Callable[..., Scene], database_url: str, rabbitmq_broker: Broker
+) -> None:
+    """More come than the prefetch count lets wait, and what was acknowledged is not lost."""
+    scene = make_scene(database_url, rabbitmq_broker)
+    worker = warm(scene)
+    prefetched, done = 8, scene.finished()
+    for _ in range(5):  # on a busy machine a task may seem to take long
+        children = worker.children()
+        for pid in children:
+            os.kill(pid, signal.SIGSTOP)
+        result = backlog()
+        with suppress(AssertionError):
+            wait_until(lambda: MANY - scene.broker.depth() > prefetched + 1, 5, scene.report)
+        held = MANY - scene.broker.depth()
+        for pid in children:
+            os.kill(pid, signal.SIGCONT)
+        if held > prefetched + 1:
+            break
+        result.get(timeout=60)
+        done += MANY
+    assert held > prefetched + 1
+    worker.kill()
+    scene.worker(concurrency=2)
+    assert result.get(timeout=90) == [n + 1 for n in range(MANY)]
+    wait_until(lambda: scene.finished() == done + MANY, 30, scene.report)
+
+
+@pytest.mark.slow
 def test_processes_are_killed_in_a_backlog(scene: Scene) -> None:
     """What was claimed for a process and not begun, or begun and not committed, runs again."""
     worker = warm(scene)
@@ -149,6 +181,8 @@ def test_a_worker_that_ends_leaves_no_claim_and_repeats_nothing(scene: Scene) ->
         wait_until(lambda want=want: scene.finished() >= want, 60, scene.report)
         assert worker.stop() == 0
         assert scene.query(HELD) == []
+        assert scene.query(UNPUBLISHED) == [(0,)], "each is at the broker again"
+        assert scene.broker.depth() >= scene.query(QUEUED)[0][0]
         worker.start()
         worker.wait_ready()
     expected = {f"end {number}": sum_of(MANY) for number in range(chords)}

@@ -77,6 +77,28 @@ def test_bulk_sends_what_kombu_sends(brokered: Celery, each_broker: Broker) -> N
     assert many == one_by_one
 
 
+def test_messages_are_acknowledged_together(brokered: Celery, each_broker: Broker) -> None:
+    """Over AMQP; what was left over comes again, and the channel goes on."""
+    queue = each_broker.queue
+    sent = [envelope(queue) for _ in range(20)]
+    dispatch.publish(brokered, [(m.headers["id"], m) for m in sent])
+    with brokered.connection_for_read() as connection:
+        bound = brokered.amqp.queues[queue](connection.channel())
+        messages = [bound.get() for _ in sent]
+        done, left = messages[::2], messages[1::2]
+        together = bulk.acknowledge(done)
+        assert together is (connection.transport.driver_type == "amqp")
+        assert {message.acknowledged for message in done} == {together}
+        if together:
+            assert not bulk.acknowledge(messages[:3]), "one of them is acknowledged"
+        else:
+            for message in done:
+                message.ack()
+        assert not any(message.acknowledged for message in left)
+        assert bound.get() is None
+    assert set(fetch(brokered, queue)) == {message.headers["id"] for message in left}
+
+
 def test_each_broker_has_its_fast_way(brokered: Celery, each_broker: Broker) -> None:
     """Frames for RabbitMQ; for Redis kombu's batches, where this kombu has them."""
     dispatch.publish(brokered, [("first", envelope(each_broker.queue))])
