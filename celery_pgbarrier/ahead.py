@@ -3,9 +3,10 @@
 A claim and an outcome each cost a round trip, a statement to plan and, for an outcome, a flush;
 eight in one statement cost little more than one.  So while messages of short tasks wait in a
 prefork worker for a free process, its clerk (:mod:`celery_pgbarrier.clerk`) claims the next ones
-ahead, and the process that runs a task claimed so leaves the plain outcome of its success to the
-clerk.  All else (an idle worker, long tasks, retries, failures, links, late acknowledgement) goes
-the way for one task; so does whatever a batch leaves out, and a claim that has grown older than a
+ahead, and the processes leave the plain outcomes of their successes to the clerk: of what was
+claimed ahead, and of what they claimed themselves while the worker still had nothing to wait.  All
+else (an idle worker, long tasks, retries, failures, links, late acknowledgement) goes the way for
+one task; so does whatever a batch leaves out, and a claim that has grown older than a
 heartbeat is made sure of by the process before it runs the task.
 
 The message of a very short task is acknowledged when it is claimed: its row has all that the
@@ -65,9 +66,15 @@ def _is_of(field: Sequence[Any], stamp: Stamp) -> bool:
     return tuple(field[3:]) == (boot.current(), stamp.seq)
 
 
-def leave(outcome: Outcome) -> bool:
-    """Leave an outcome to the clerk of the worker; False where that cannot be."""
-    return current is not None and current.pid != os.getpid() and current.clerk.leave(outcome)
+def leave(outcome: Outcome, attempt: Attempt) -> bool:
+    """Leave an outcome to the clerk of the worker; False where that cannot be, or is no use."""
+    if current is None or current.pid == os.getpid():
+        return False
+    if not attempt.ahead:  # its own claim: messages may have come since
+        short = now() - attempt.claimed_at < _SHORT
+        if not (short and current.clerk.waiting[0]):
+            return False
+    return current.clerk.leave(outcome)
 
 
 # -- in the worker's parent, in the thread of its event loop
@@ -130,7 +137,9 @@ class Ahead:
         """Have the next batch claimed when it is time; tell whether more outcomes are to come."""
         if self.clerk.granted:
             self._acknowledge()
-        if len(self._waiting) >= 2 and self.clerk.claiming and self._few():
+        waiting = len(self._waiting)
+        self.clerk.waiting[0] = 1 if waiting or self._granted else 0
+        if waiting >= 2 and not self.clerk.busy and self.clerk.claiming and self._few():
             requests = list(islice(self._waiting, self._most))
             for request in requests:
                 del self._waiting[request]
@@ -185,6 +194,7 @@ class Ahead:
         for request in [*granted, *self._waiting]:
             del request.execute_using_pool
         self._waiting.clear()
+        self.clerk.waiting[0] = 0
         self.clerk.quiet.set()
         if granted:
             gone = [request.id for request in granted if request.acknowledged]

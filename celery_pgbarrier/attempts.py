@@ -14,6 +14,7 @@ from kombu.serialization import dumps
 from kombu.utils.encoding import ensure_bytes
 
 from celery_pgbarrier import ahead, capture, compat, faults, lease, reaper, reference
+from celery_pgbarrier.clerk import now
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable, MessageUnreadable, PgBarrierError
 from celery_pgbarrier.lease import Attempt, Claim, Held, Loss, Verdict
@@ -60,6 +61,8 @@ class Attempts(Outcomes):
             logger.warning("A late copy of task %s is dropped: %s", request.id, verdict.value)
         if attempt is None:
             raise Ignore(f"not run: {verdict.value}")
+        if not task.acks_late:
+            attempt.claimed_at = now()
         return attempt
 
     def _own_envelope(self, request: Any) -> Envelope:
@@ -117,9 +120,8 @@ class Attempts(Outcomes):
         Raises:
             DatabaseUnavailable: PostgreSQL is away; the audit settles it later.
         """
-        # Under a claim made ahead it may have left its outcome before it died.
-        left = ahead.current if token is not None else None
-        if left is not None and not left.clerk.flush(PARENT_PATIENCE):
+        # It may have left its outcome before it died.
+        if ahead.current is not None and not ahead.current.clerk.flush(PARENT_PATIENCE):
             raise DatabaseUnavailable("outcomes wait for PostgreSQL")
         held = lease.inspect(self, task_id, PARENT_PATIENCE)
         if held is None:

@@ -7,6 +7,7 @@ left they commit.  What they cannot do in a batch goes through the statements fo
 from __future__ import annotations
 
 import logging
+import mmap
 import pickle
 import random
 import socket
@@ -94,10 +95,13 @@ class Clerk:
         self._bits = random.Random().getrandbits  # of this worker: seeded by the system
         #: Requests that are granted and whose messages are to be acknowledged.
         self.granted: deque[Any] = deque()
-        #: Whether orders are taken.
-        self.claiming = True
+        #: Whether orders are taken, and whether one is being carried out: what comes in the
+        #: meantime is for the next.
+        self.claiming, self.busy = True, False
         #: Set while no messages wait in the worker: there is no use in waiting for more outcomes.
         self.quiet = threading.Event()
+        #: Not zero while messages wait in the worker, as its pool processes see it.
+        self.waiting = mmap.mmap(-1, 1)
 
     def start(self, make_host: Callable[[], Releasing]) -> None:
         """Start the threads, each with a backend of its own."""
@@ -133,6 +137,7 @@ class Clerk:
 
     def claim(self, grants: list[Grant]) -> None:
         """Have tasks claimed: those that are say so some time later."""
+        self.busy = True
         self._orders.put(partial(_claim, grants, self.granted))
 
     def release(self, grants: list[Grant], gone: list[str], patience: float) -> None:
@@ -178,6 +183,7 @@ class Clerk:
                     order(host)
                 except Exception as error:  # the processes claim for themselves then
                     logger.warning("Tasks are not claimed ahead: %s", error)
+                self.busy = False
         finally:
             self.claiming = False
             host.database.dispose()

@@ -92,7 +92,8 @@ class Attempt:
 
     ``phase`` is "body" while the task's code runs, "ended" between its return and its outcome
     (what is published then belongs to the outcome), "closed" after.  ``ahead`` tells that the
-    worker's parent claimed it (see :mod:`celery_pgbarrier.ahead`).
+    worker's parent claimed it and takes its outcome (see :mod:`celery_pgbarrier.ahead`);
+    ``claimed_at`` is when its own process did, 0 where it is to store its outcome in any case.
     """
 
     task_id: str
@@ -105,6 +106,7 @@ class Attempt:
     entered: bool = False
     replaced: bool = False
     ahead: bool = False
+    claimed_at: float = 0.0
     added: set[str] = field(default_factory=set)
     steps: set[str] = field(default_factory=set)
 

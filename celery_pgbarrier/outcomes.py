@@ -150,7 +150,7 @@ class Outcomes(Results):
         self._commit(unit, attempt, task_id)
 
     def _commit(self, unit: Unit, attempt: Attempt | None, task_id: str) -> None:
-        if attempt is not None and attempt.ahead and _left_to_parent(unit):
+        if attempt is not None and _left_to_parent(unit, attempt):
             attempt.phase = "closed"
             return
         given_up = None
@@ -208,13 +208,13 @@ def recorded_request(row: Held | None) -> Context | None:
     return Context(Envelope.decode(row.message).request())
 
 
-def _left_to_parent(unit: Unit) -> bool:
+def _left_to_parent(unit: Unit, attempt: Attempt) -> bool:
     """Leave a success from which nothing follows to the worker's parent, if it takes it."""
     primary = unit.primary
     if not isinstance(primary, Outcome) or primary.status != states.SUCCESS:
         return False
     alone = unit.plain and not (unit.inline or unit.sent_events)
-    return alone and ahead.leave(primary)
+    return alone and ahead.leave(primary, attempt)
 
 
 def _call_of(request: Any) -> str | None:
