@@ -19,8 +19,9 @@ from celery_pgbarrier import capture, compat, reaper
 from celery_pgbarrier.settings import Settings, load
 from celery_pgbarrier.store import looks as looking
 from celery_pgbarrier.store import sql
-from celery_pgbarrier.store.database import Database, parse_url, safe_url
+from celery_pgbarrier.store.database import Database
 from celery_pgbarrier.store.looks import Looks
+from celery_pgbarrier.store.url import parse_url, safe_url
 from celery_pgbarrier.unit import Outcome
 
 _databases: dict[tuple[Any, ...], Database] = {}

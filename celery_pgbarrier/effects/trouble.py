@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-from celery_pgbarrier.store import database, direct
+from celery_pgbarrier.store import direct, trouble
 
 _KINDS = {"OperationalError": OperationalError, "InterfaceError": InterfaceError}
 
@@ -22,16 +22,16 @@ def _wrapped(error: BaseException) -> DBAPIError | None:
 
 def passes(error: Exception) -> bool:
     """Tell whether the same work may succeed later."""
-    return database.is_transient(_wrapped(error) or error)
+    return trouble.is_transient(_wrapped(error) or error)
 
 
 def answer_lost(error: Exception) -> bool:
     """Tell whether a connection ended with a statement or COMMIT under way."""
     wrapped = _wrapped(error)
-    return wrapped is not None and database.cut_off(wrapped)
+    return wrapped is not None and trouble.cut_off(wrapped)
 
 
 def sqlstate(error: BaseException) -> str | None:
     """Return the SQLSTATE of a driver's error, None where it has none."""
     wrapped = _wrapped(error)
-    return None if wrapped is None else database.sqlstate(wrapped)
+    return None if wrapped is None else trouble.sqlstate(wrapped)

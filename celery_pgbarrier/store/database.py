@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,20 +15,27 @@ from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 
 from celery_pgbarrier.errors import (
     ConfigurationError,
     DatabaseRetryLater,
     DatabaseUnavailable,
-    SchemaError,
 )
 from celery_pgbarrier.store import direct
 from celery_pgbarrier.store import schema as versions
 from celery_pgbarrier.store.sql import Statements
+from celery_pgbarrier.store.trouble import (
+    READ_ONLY,
+    cut_off,
+    explained,
+    first_line,
+    is_transient,
+    sqlstate,
+)
+from celery_pgbarrier.store.url import safe_url
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,94 +53,6 @@ _SILENCE = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15000,
 }
-#: SQLSTATE classes and codes that pass (PostgreSQL manual, appendix A).
-_TRANSIENT_CLASSES = ("08", "53")
-_READ_ONLY = "25006"  # read_only_sql_transaction: a standby, or a primary that was one
-_TRANSIENT_CODES = {
-    _READ_ONLY,
-    "40001",  # serialization_failure
-    "40P01",  # deadlock_detected
-    "55P03",  # lock_not_available
-    "57014",  # query_canceled: statement_timeout
-    "57P01",  # admin_shutdown
-    "57P02",  # crash_shutdown
-    "57P03",  # cannot_connect_now
-    "57P05",  # idle_session_timeout
-    "25P03",  # idle_in_transaction_session_timeout
-}
-_SCHEMA_CODES = {"42P01", "42703", "42883", "3F000"}  # undefined table, column, function; schema
-_DENIED = "42501"  # insufficient_privilege
-#: Codes with which a server or a pooler ends a connection, perhaps after it took a COMMIT.
-_CUT_OFF = {"57P01", "57P02"}
-#: What a refused login says; drivers give it no code.
-_REFUSED = re.compile(
-    r"password authentication failed|no password supplied|no pg_hba.conf entry"
-    r'|(role|user|database) "[^"]*" does not exist'
-)
-
-
-#: What libpq says of a parameter in the URL's query that it does not know.
-_UNKNOWN_OPTION = re.compile(r'invalid connection option "([^"]*)"')
-
-
-def parse_url(url: str) -> URL:
-    """Return the SQLAlchemy URL behind a result backend URL.
-
-    Raises:
-        ConfigurationError: it is not a URL, not PostgreSQL, or names a driver that is not
-            psycopg2 or psycopg (3).
-    """
-    try:
-        parsed = make_url(url.replace("pgbarrier://", "postgresql+psycopg2://", 1))
-    except (ArgumentError, ValueError):
-        raise ConfigurationError(
-            "the result backend is not a URL: use pgbarrier://user:password@host:port/database"
-        ) from None
-    dialect, _, driver = parsed.drivername.partition("+")
-    if dialect not in ("postgresql", "postgres"):
-        raise ConfigurationError(
-            f"pgbarrier keeps results in PostgreSQL, not {dialect}: "
-            "use pgbarrier://user:password@host:port/database"
-        )
-    if (driver or "psycopg2") not in direct.DRIVERS:
-        raise ConfigurationError(
-            f"pgbarrier works with the drivers psycopg2 and psycopg, not {driver}: "
-            "use pgbarrier+postgresql+psycopg2://... or pgbarrier+postgresql+psycopg://..."
-        )
-    return parsed.set(drivername=f"postgresql+{driver or 'psycopg2'}")
-
-
-def safe_url(url: URL) -> str:
-    """Return a URL as text without its password, wherever in it the password stands."""
-    query = {key: "***" if "pass" in key.lower() else value for key, value in url.query.items()}
-    return url.set(query=query).render_as_string(hide_password=True)
-
-
-def cut_off(error: Exception) -> bool:
-    """Tell whether the connection ended with a statement or COMMIT under way."""
-    if not isinstance(error, DBAPIError):
-        return False
-    code = sqlstate(error)
-    return code is None or code[:2] == "08" or code in _CUT_OFF
-
-
-def sqlstate(error: DBAPIError) -> str | None:
-    """Return the SQLSTATE of a driver's error, None where the server sent none."""
-    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-
-
-def is_transient(error: Exception) -> bool:
-    """Tell whether the same work may succeed later."""
-    if isinstance(error, PoolTimeout):
-        return True
-    if not isinstance(error, DBAPIError):
-        return False
-    code = sqlstate(error)
-    if _REFUSED.search(_first(error)):
-        return False
-    if code is not None:
-        return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_CODES
-    return error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError))
 
 
 class Commits(Protocol):
@@ -155,7 +73,7 @@ class Database:
     """One database as one process sees it: a bounded pool, made anew after a fork.
 
     Parameters:
-        url: an SQLAlchemy PostgreSQL URL (see :func:`parse_url`).
+        url: an SQLAlchemy PostgreSQL URL (see :func:`celery_pgbarrier.store.url.parse_url`).
         schema: the schema of the tables, None for the search path's first.
         auto_migrate: whether missing or old tables are brought up to date at first use.
         engine_options: keyword arguments of :func:`sqlalchemy.create_engine`.
@@ -379,7 +297,7 @@ class Database:
                 return attempt(committing)
             except Exception as error:
                 if not is_transient(error):
-                    raise self._explained(error) from error
+                    raise explained(error, self.url) from error
                 self._let_go()  # it may have ended with this one
                 ambiguous = ambiguous or (reached and cut_off(error))
                 left = deadline - time.monotonic()
@@ -388,37 +306,12 @@ class Database:
                     continue
                 if left <= 0:
                     kind = DatabaseRetryLater if ambiguous else DatabaseUnavailable
-                    raise kind(f"{safe_url(self.url)} is away: {_first(error)}") from error
-                if isinstance(error, DBAPIError) and sqlstate(error) == _READ_ONLY:
+                    raise kind(f"{safe_url(self.url)} is away: {first_line(error)}") from error
+                if isinstance(error, DBAPIError) and sqlstate(error) == READ_ONLY:
                     self.dispose()  # a server that is read-only may no longer be the primary
-                logger.warning("PostgreSQL is away, trying again: %s", _first(error))
+                logger.warning("PostgreSQL is away, trying again: %s", first_line(error))
                 time.sleep(min(left, pause * (0.5 + random.random())))
                 pause = min(pause * 2, 2.0)
-
-    def _explained(self, error: Exception) -> Exception:
-        if not isinstance(error, DBAPIError):
-            return error
-        code = sqlstate(error)
-        if unknown := _UNKNOWN_OPTION.search(_first(error)):
-            return ConfigurationError(
-                f"{safe_url(self.url)}: PostgreSQL's client library knows no connection option "
-                f"{unknown[1]}: mend result_backend or database_engine_options"
-            )
-        if _REFUSED.search(_first(error)):
-            return ConfigurationError(
-                f"{safe_url(self.url)} refuses the login ({_first(error)}): "
-                "mend the user, password or database in result_backend"
-            )
-        if code in _SCHEMA_CODES:
-            return SchemaError(f"{_first(error)}: {versions.MIGRATE}")
-        if code == _DENIED:
-            return SchemaError(
-                f"{_first(error)}: grant SELECT, INSERT, UPDATE and DELETE on the pgbarrier_* "
-                f"tables, and EXECUTE on the pgbarrier_* functions, to this role (and USAGE on "
-                f"their schema); to make or upgrade them, "
-                f"{versions.MIGRATE}"
-            )
-        return error
 
     def _ensure_schema(self, patience: float) -> None:
         if self._checked:
@@ -441,9 +334,3 @@ def _roll_back(connection: Connection) -> None:
         connection.exec_driver_sql("ROLLBACK")
     except Exception:
         connection.invalidate()
-
-
-def _first(error: Exception) -> str:
-    """Return the first line of what the driver said."""
-    cause = getattr(error, "orig", None) or error
-    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
-from celery_pgbarrier.store.database import is_transient
+from celery_pgbarrier.store.trouble import is_transient
 from celery_pgbarrier.sweeps.tables import Key, Target
 
 T = TypeVar("T")

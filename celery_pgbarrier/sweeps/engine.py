@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import DBAPIError
 
-from celery_pgbarrier.store.database import is_transient, sqlstate
+from celery_pgbarrier.store.trouble import is_transient, sqlstate
 from celery_pgbarrier.sweeps.counts import Counts, Stop
 
 logger = logging.getLogger(__name__)

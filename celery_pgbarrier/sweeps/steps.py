@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.exc import DBAPIError
 
-from celery_pgbarrier.store.database import is_transient
+from celery_pgbarrier.store.trouble import is_transient
 from celery_pgbarrier.sweeps.base import Run
 from celery_pgbarrier.sweeps.batches import Action, Pick, isolate
 from celery_pgbarrier.sweeps.engine import Batch

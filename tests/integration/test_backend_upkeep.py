@@ -24,7 +24,8 @@ from sqlalchemy.pool import NullPool
 
 from celery_pgbarrier import reaper
 from celery_pgbarrier.backend import BarrierBackend
-from celery_pgbarrier.store.database import Database, parse_url
+from celery_pgbarrier.store.database import Database
+from celery_pgbarrier.store.url import parse_url
 from tests.support import databases
 from tests.support.brokers import Broker
 from tests.support.inline import InlineWorker

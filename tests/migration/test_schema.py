@@ -21,7 +21,8 @@ from celery_pgbarrier import reaper
 from celery_pgbarrier.cli import pgbarrier
 from celery_pgbarrier.errors import PgBarrierError, SchemaError, ServerTooOld
 from celery_pgbarrier.store import schema, sql
-from celery_pgbarrier.store.database import Database, parse_url
+from celery_pgbarrier.store.database import Database
+from celery_pgbarrier.store.url import parse_url
 from tests.support import databases
 from tests.support.brokers import Broker
 from tests.support.inline import workers
@@ -87,7 +88,8 @@ def shape(url: str, name: str = "public") -> dict[str, list[Any]]:
 RACE = """
 import os, sys
 from celery_pgbarrier.store import sql
-from celery_pgbarrier.store.database import Database, parse_url
+from celery_pgbarrier.store.database import Database
+from celery_pgbarrier.store.url import parse_url
 from sqlalchemy.pool import NullPool
 
 url, count = sys.argv[1], int(sys.argv[2])

@@ -10,7 +10,8 @@ from celery import Celery
 
 from celery_pgbarrier.errors import ConfigurationError, DatabaseUnavailable
 from celery_pgbarrier.store import sql
-from celery_pgbarrier.store.database import Database, parse_url
+from celery_pgbarrier.store.database import Database
+from celery_pgbarrier.store.url import parse_url
 
 
 @pytest.mark.parametrize(
