@@ -21,20 +21,34 @@ SELECT COALESCE(sum(pg_table_size(c.oid)), 0) AS tables,
 """)
 
 
+#: Tasks in one go: an answer of the producer is waited for only so long.
+_CHUNK = 100_000
+
+
 def run(lab: Lab, plan: Plan, book: Book) -> None:
-    """Plain tasks on all peers; members on ours: as run, vacuumed, and rewritten."""
+    """Plain tasks on all peers; members on ours: as run, vacuumed, and rewritten.
+
+    A million plain tasks on ours, where there is time for it.
+    """
     lab.stop_workers()
     count = plan.pick(full=100_000, short=5000, quick=500)
     for name in lab.chosen(("pgbarrier", "database", "django")):
-        with book.guard(name):
-            peer = lab.fresh(name)
-            peer.call("flow", count=count)
-            _note(book, peer, f"{count:,} tasks", count)
-            lab.discard(peer)
+        _run_plain(lab, book, name, count)
     if "pgbarrier" in lab.names:
         peer = lab.fresh()
         peer.call("chords", size=count, count=1)
         _note(book, peer, f"{count:,} members of a chord", count)
+        lab.discard(peer)
+        if count == _CHUNK:
+            _run_plain(lab, book, "pgbarrier", 10 * _CHUNK)
+
+
+def _run_plain(lab: Lab, book: Book, name: str, count: int) -> None:
+    with book.guard(name):
+        peer = lab.fresh(name)
+        for start in range(0, count, _CHUNK):
+            peer.call("flow", count=min(_CHUNK, count - start))
+        _note(book, peer, f"{count:,} tasks", count)
         lab.discard(peer)
 
 
