@@ -16,6 +16,7 @@ broker knew, and the next message comes, which otherwise waits for a process to 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -190,7 +191,7 @@ class Ahead:
         The broker brings them again, but for those that were acknowledged: these are published.
         """
         granted, self._granted = self._granted, {}
-        self.clerk.granted.clear()
+        self.clerk.granted = deque()  # what is being claimed is told to the one before
         for request in [*granted, *self._waiting]:
             del request.execute_using_pool
         self._waiting.clear()
