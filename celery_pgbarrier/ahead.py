@@ -15,6 +15,7 @@ broker knew, and the next message comes, which otherwise waits for a process to 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from celery_pgbarrier.clerk import LARGEST, Clerk, Grant, now
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.lease import Attempt, boot
 from celery_pgbarrier.unit import STAMP, Outcome, Stamp, Unit
+
+logger = logging.getLogger(__name__)
 
 #: Tasks that take longer (seconds, on average) are not claimed ahead: it would save nothing, and a
 #: claim that waits is one that a dead worker keeps for a lease.
@@ -96,13 +99,20 @@ class Ahead:
         self._waiting: dict[Any, None] = {}
         self._granted: dict[Any, Grant] = {}
         self._takes: dict[str, float] = {}
-        #: Whether acknowledgements may be written together.
-        self.together = True
+        self._together, self._stopped = True, False
         self.clerk.quiet.set()
+
+    def resume(self, together: bool) -> None:
+        """Begin, or begin again with another connection to the broker.
+
+        Parameters:
+            together: whether acknowledgements may be written together.
+        """
+        self._together, self._stopped = together, False
 
     def received(self, request: Any) -> None:
         """Take note of a request that may have to wait for a process."""
-        if not _eligible(request):
+        if self._stopped or not _eligible(request):
             return
         request.on_success = partial(self._succeeded, request)
         if self._takes_of(request) < _SHORT:
@@ -156,12 +166,15 @@ class Ahead:
             request = self.clerk.granted.popleft()
             if not request.acknowledged:
                 requests.append(request)
-        together = bool(requests) and self.together
+        together = bool(requests) and self._together
         if together and bulk.acknowledge([request.message for request in requests]):
             for request in requests:
                 request.acknowledged = True
         for request in requests:
-            request.acknowledge()  # as Celery does; nothing where it is done
+            try:
+                request.acknowledge()  # as Celery does; nothing where it is done
+            except Exception as error:  # whoever called has other things to finish
+                logger.warning("Task %s is not acknowledged: %r", request.id, error)
 
     def _few(self) -> bool:
         """Tell whether few claims are left; early enough for many at once where many wait."""
@@ -189,7 +202,9 @@ class Ahead:
         """Release what waits claimed: these messages go to whoever is there.
 
         The broker brings them again, but for those that were acknowledged: these are published.
+        What still comes while the consumer stops is left to the broker.
         """
+        self._stopped = True
         granted, self._granted = self._granted, {}
         self.clerk.granted = deque()  # what is being claimed is told to the one before
         for request in [*granted, *self._waiting]:

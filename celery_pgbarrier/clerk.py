@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +92,7 @@ class Clerk:
         self._orders: SimpleQueue[Callable[[Releasing], None] | None] = SimpleQueue()
         self._marks: dict[bytes, threading.Event] = {}
         self._threads: list[threading.Thread] = []
+        self._publishing: list[threading.Thread] = []
         self._bits = random.Random().getrandbits  # of this worker: seeded by the system
         #: Requests that are granted and whose messages are to be acknowledged.
         self.granted: deque[Any] = deque()
@@ -120,6 +121,8 @@ class Clerk:
         deadline = time.monotonic() + patience
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
+        for thread in self._publishing:
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
     def inherit(self) -> None:
         """In a pool process: let go of the parent's end, so that its death is noticed."""
@@ -138,7 +141,7 @@ class Clerk:
     def claim(self, grants: list[Grant]) -> None:
         """Have tasks claimed: those that are say so some time later."""
         self.busy = True
-        self._orders.put(partial(_claim, grants, self.granted))
+        self._orders.put(partial(self._claim, grants, self.granted))
 
     def release(self, grants: list[Grant], gone: list[str], patience: float) -> None:
         """Have claims released, and wait for it for at most *patience* seconds.
@@ -147,7 +150,7 @@ class Clerk:
             gone: ids of tasks whose messages the broker has no more; they are published after it.
         """
         done = threading.Event()
-        self._orders.put(partial(_release, grants, gone, done))
+        self._orders.put(partial(self._release, grants, gone, done))
         done.wait(patience)
 
     def leave(self, outcome: Outcome) -> bool:
@@ -183,10 +186,27 @@ class Clerk:
                     order(host)
                 except Exception as error:  # the processes claim for themselves then
                     logger.warning("Tasks are not claimed ahead: %s", error)
-                self.busy = False
         finally:
             self.claiming = False
             host.database.dispose()
+
+    def _claim(self, grants: list[Grant], granted: deque[Any], host: Releasing) -> None:
+        try:
+            _claim(grants, granted, host)
+        finally:
+            self.busy = False
+
+    def _release(
+        self, grants: list[Grant], gone: list[str], done: threading.Event, host: Releasing
+    ) -> None:
+        try:
+            _release(grants, gone, host)
+        finally:
+            done.set()
+        if gone:  # not in this thread: claims must not wait for a broker that is away
+            thread = threading.Thread(target=_publish, args=(host, gone), daemon=True)
+            thread.start()
+            self._publishing = [each for each in self._publishing if each.is_alive()] + [thread]
 
     def _keep_committing(self, host: Releasing) -> None:
         try:
@@ -265,9 +285,7 @@ def _claim(grants: list[Grant], granted: deque[Any], host: Releasing) -> None:
                 granted.append(grant.request)
 
 
-def _release(
-    grants: list[Grant], gone: Sequence[str], done: threading.Event, host: Releasing
-) -> None:
+def _release(grants: list[Grant], gone: list[str], host: Releasing) -> None:
     parameters = {
         "ids": array(grant.task_id for grant in grants),
         "tokens": array(grant.token for grant in grants),
@@ -275,11 +293,12 @@ def _release(
         "after": host.settings.republish_after,
         "grace": host.settings.publish_grace,
     }
-    try:
-        host.database.count(sql.RELEASE_AHEAD, parameters, host.settings.heartbeat)
-    finally:
-        done.set()
-    publish_recorded(host, gone)
+    host.database.count(sql.RELEASE_AHEAD, parameters, host.settings.heartbeat)
+
+
+def _publish(host: Releasing, ids: list[str]) -> None:
+    with _logged("Released tasks are published later, by the reaper"):
+        publish_recorded(host, ids)
 
 
 def _commit(host: Releasing, outcomes: list[Outcome]) -> None:

@@ -73,6 +73,8 @@ class Keeper:
             thread.join(timeout=2.0)
         host = self._backend.private()
         try:
+            if ahead.current is not None:
+                put_back(host)
             lease.stopped(host)
         except Exception as error:
             logger.warning("The lease of this worker runs out by itself: %s", error)
@@ -151,6 +153,17 @@ def audit(host: Any, idle: dict[str, int]) -> dict[str, int]:
             reaper.settle_claim(host, claim, crash, reaper.Counts())
             del seen[key]
     return seen
+
+
+def put_back(host: Any) -> None:
+    """Put back what is claimed ahead when the pool has ended.
+
+    Celery forgets what it has handed to a process that has not begun with it.
+    """
+    parameters = {"worker": lease.boot.current(), "limit": host.settings.batch_size}
+    for claim in host.database.statement(sql.CLAIMS_OF, parameters, 1.0):
+        if claim.pid == 0:
+            reaper.settle_claim(host, claim, False, reaper.Counts())
 
 
 def _all_settled() -> bool:
@@ -247,7 +260,11 @@ class BarrierStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if self._keeper is not None:
             self._keeper.stopping()
 
-    terminate = stop
+    def terminate(self, parent: Any) -> None:
+        """Settle what can be settled at once: no shutdown follows, and the pool is killed."""
+        self.stop(parent)
+        if ahead.current is not None:
+            ahead.current.clerk.stop(_WITHDRAWING)
 
     def _shut_down(self, sender: Any = None, **_: Any) -> None:
         worker_shutdown.disconnect(self._shut_down, sender=sender)
@@ -262,9 +279,9 @@ class AheadStep(bootsteps.StartStopStep):  # type: ignore[misc]
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, parent: Any) -> None:
-        """Take note of whether Celery wants to know of each acknowledgement."""
+        """Begin again; after a lost connection Celery wants to know of each acknowledgement."""
         if ahead.current is not None:
-            ahead.current.together = not compat.restarted(parent)
+            ahead.current.resume(together=not compat.restarted(parent))
 
     def stop(self, parent: Any) -> None:
         """Release it before the broker brings the messages again."""

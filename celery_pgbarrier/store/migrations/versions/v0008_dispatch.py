@@ -20,10 +20,16 @@ CREATE TABLE {s}pgbarrier_dispatch (
 """
 _DUE = "CREATE INDEX pgbarrier_dispatch_due ON {s}pgbarrier_dispatch (due_at)"
 
+#: As a development version left it, with other columns.
+_OLD = """
+DROP FUNCTION IF EXISTS {s}pgbarrier_claim_firsts
+       (text[], uuid[], integer[], uuid[], text[], text[], bytea[], uuid)
+"""
+
 
 def upgrade() -> None:
     schema = context.config.attributes.get("schema")
     prefix = f'"{schema}".' if schema else ""
-    for statement in (_TABLE, _DUE):
+    for statement in (_TABLE, _DUE, _OLD):
         op.execute(statement.format(s=prefix).strip())
     make_functions(prefix)
