@@ -36,7 +36,7 @@ def run(lab: Lab, plan: Plan, book: Book) -> None:
     }
     assert peer.database
     peer.producer.call("store_one")
-    for number in range(plan.pick(min(plan.rounds, 3), 1, 1)):
+    for number in range(plan.pick(min(plan.rounds, 3), 3, 1)):
         for name in sorted(works, reverse=bool(number % 2)):
             with autocommit(peer.database) as connection:
                 _fill(connection, rows)
