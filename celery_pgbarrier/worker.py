@@ -73,8 +73,6 @@ class Keeper:
             thread.join(timeout=2.0)
         host = self._backend.private()
         try:
-            if ahead.current is not None:
-                put_back(host)
             lease.stopped(host)
         except Exception as error:
             logger.warning("The lease of this worker runs out by itself: %s", error)
@@ -153,17 +151,6 @@ def audit(host: Any, idle: dict[str, int]) -> dict[str, int]:
             reaper.settle_claim(host, claim, crash, reaper.Counts())
             del seen[key]
     return seen
-
-
-def put_back(host: Any) -> None:
-    """Put back what is claimed ahead when the pool has ended.
-
-    Celery forgets what it has handed to a process that has not begun with it.
-    """
-    parameters = {"worker": lease.boot.current(), "limit": host.settings.batch_size}
-    for claim in host.database.statement(sql.CLAIMS_OF, parameters, 1.0):
-        if claim.pid == 0:
-            reaper.settle_claim(host, claim, False, reaper.Counts())
 
 
 def _all_settled() -> bool:

@@ -170,11 +170,8 @@ def test_a_worker_is_killed_in_a_backlog(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_ends_leaves_no_claim_and_repeats_nothing(
-    make_scene: Callable[..., Scene], database_url: str, each_broker: Broker
-) -> None:
+def test_a_worker_that_ends_leaves_no_claim_and_repeats_nothing(scene: Scene) -> None:
     """Warm shutdown in a backlog: what waited claimed is free, and at the broker, when it ends."""
-    scene = make_scene(database_url, each_broker)
     worker = warm(scene)
     chords = 4
     for number in range(chords):
