@@ -46,6 +46,17 @@ def backlog(count: int = MANY) -> GroupResult:
     return group(add.s(n, 1) for n in range(count))()
 
 
+def steady(count: Callable[[], int]) -> Callable[[], bool]:
+    """A condition that holds when a count is what it was when it was last looked at."""
+    seen: list[int] = []
+
+    def holds() -> bool:
+        seen.append(count())
+        return len(seen) > 1 and seen[-1] == seen[-2]
+
+    return holds
+
+
 def ahead(scene: Scene) -> int:
     """How many tasks were claimed ahead."""
     return int(scene.query(AHEAD)[0][0])
@@ -114,26 +125,27 @@ def test_messages_of_very_short_tasks_go_with_their_claims(
     """More come than the prefetch count lets wait, and what was acknowledged is not lost."""
     scene = make_scene(database_url, rabbitmq_broker)
     worker = warm(scene)
-    prefetched, done = 8, scene.finished()
+    prefetched, count, done = 8, 8 * MANY, scene.finished()
     for _ in range(5):  # on a busy machine a task may seem to take long
+        result = backlog(count)
+        wait_until(lambda done=done: scene.finished() >= done + MANY, 60, scene.report)
         children = worker.children()
         for pid in children:
             os.kill(pid, signal.SIGSTOP)
-        result = backlog()
-        with suppress(AssertionError):
-            wait_until(lambda: MANY - scene.broker.depth() > prefetched + 1, 5, scene.report)
-        held = MANY - scene.broker.depth()
+        wait_until(steady(scene.finished), 30, scene.report, interval=0.2)
+        held = count - scene.broker.depth() - (scene.finished() - done)
+        if prefetched + 1 < held < count:
+            break
         for pid in children:
             os.kill(pid, signal.SIGCONT)
-        if held > prefetched + 1:
-            break
         result.get(timeout=60)
-        done += MANY
-    assert held > prefetched + 1
+        done += count
+        wait_until(lambda done=done: scene.finished() == done, 30, scene.report)
+    assert prefetched + 1 < held < count
     worker.kill()
     scene.worker(concurrency=2)
-    assert result.get(timeout=90) == [n + 1 for n in range(MANY)]
-    wait_until(lambda: scene.finished() == done + MANY, 30, scene.report)
+    assert result.get(timeout=90) == [n + 1 for n in range(count)]
+    wait_until(lambda: scene.finished() == done + count, 30, scene.report)
 
 
 @pytest.mark.slow
