@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -42,6 +42,8 @@ _BRIEF = 0.01
 _WORK, _LARGEST = 0.05, 8
 #: The weight of the last run in the average.
 _LAST = 0.2
+#: Tasks of which a process remembers that it left their outcomes: more than the socket holds.
+_REMEMBERED = 10_000
 
 
 # -- in a pool process
@@ -78,7 +80,25 @@ def leave(outcome: Outcome, attempt: Attempt) -> bool:
         short = now() - attempt.claimed_at < _SHORT
         if not (short and current.clerk.waiting[0]):
             return False
-    return current.clerk.leave(outcome)
+    if not current.clerk.leave(outcome):
+        return False
+    _left[outcome.task_id] = None
+    _left.move_to_end(outcome.task_id)
+    if len(_left) > _REMEMBERED:
+        _left.popitem(last=False)
+    return True
+
+
+def has_left(task_id: str) -> bool:
+    """Tell whether this process has left an outcome of a task, which may not be stored yet.
+
+    Its claim stands until then, for this process too: another copy of the message is a duplicate.
+    """
+    return task_id in _left
+
+
+#: Of this process; the oldest first.
+_left: OrderedDict[str, None] = OrderedDict()
 
 
 # -- in the worker's parent, in the thread of its event loop

@@ -52,6 +52,7 @@ class Attempts(Outcomes):
             result=self._meta(meta, states.STARTED, None, request) if started else None,
             envelope=lambda: self._own_envelope(request),
             token=ahead.token_from(grant, stamp),
+            again=not ahead.has_left(request.id),
         )
         try:
             verdict, attempt = lease.claim(self, wanted)

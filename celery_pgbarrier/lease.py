@@ -129,7 +129,8 @@ class Attempt:
 class Claim:
     """What a claim writes: the message's stamp, and the message for a task without a row.
 
-    ``token`` is that of a claim which the worker's parent has made or tried.
+    ``token`` is that of a claim which the worker's parent has made or tried.  ``again`` tells that
+    a claim of this thread may be made anew: that run has ended without an outcome.
     """
 
     task_id: str
@@ -139,6 +140,7 @@ class Claim:
     result: bytes | None = None
     envelope: Callable[[], Envelope] | None = None
     token: str | None = None
+    again: bool = True
 
 
 def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
@@ -159,7 +161,7 @@ def claim(host: Host, request: Claim) -> tuple[Verdict, Attempt | None]:
         "token": token,
         "worker": me.worker,
         "pid": me.pid,
-        "thread": me.thread,
+        "thread": me.thread if request.again else None,
         "status": request.status,
         "result": request.result,
     }

@@ -17,6 +17,7 @@ from celery import chord, group
 from celery.result import GroupResult
 
 from celery_pgbarrier.embedded import EmbeddedPostgres
+from celery_pgbarrier.lease import publish_recorded
 from tests.acceptance.scene import Scene, sum_of
 from tests.acceptance.tasks import part, total
 from tests.support.brokers import Broker
@@ -292,7 +293,7 @@ def test_foreign_messages_and_copies_run_once(scene: Scene) -> None:
     ids = [f"foreign-{number}" for number in range(30)]
     with scene.broker.connection() as connection:
         producer = connection.Producer()
-        for task_id in ids * 3:
+        for task_id in ids:
             producer.publish(
                 json.dumps([[1, 2], {}, {}]), routing_key=scene.broker.queue, exchange="",
                 content_type="application/json", content_encoding="utf-8",
@@ -306,6 +307,27 @@ def test_foreign_messages_and_copies_run_once(scene: Scene) -> None:
     runs = "SELECT id FROM task_history WHERE id LIKE 'foreign-%' AND became = 'running'"
     assert len(scene.query(runs)) == len(ids)
     assert ahead(scene) > 0
+
+
+@pytest.mark.slow
+def test_a_copy_is_a_duplicate_while_the_outcome_is_on_its_way(
+    make_scene: Callable[..., Scene], database_url: str, redis_broker: Broker
+) -> None:
+    """A process that has left an outcome to the parent does not take its own claim over."""
+    scene = make_scene(database_url, redis_broker, pgbarrier_claim_ahead=2)
+    worker = warm(scene, concurrency=1)
+    worker.send(signal.SIGSTOP)
+    scene.submit("copies", MANY)
+    with scene.broker.connection() as connection:
+        connection.default_channel.queue_purge(scene.broker.queue)
+    for row in scene.query("SELECT id FROM pgbarrier_task WHERE state = 'queued'"):
+        for _ in range(4):  # the copies of a message follow one another
+            publish_recorded(scene.app.backend, [row.id])
+    worker.send(signal.SIGCONT)
+    scene.wait_settled({"warm": sum_of(6), "copies": sum_of(MANY)}, 90)
+    taken = "SELECT id FROM task_history WHERE was = 'running' AND became = 'running'"
+    assert scene.query(taken) == []
+    assert {(attempt, crashes) for attempt, crashes, _ in scene.query(RUNS)} == {(1, 0)}
 
 
 @pytest.mark.slow
