@@ -17,6 +17,7 @@ from tests.support.brokers import Broker, private_broker
 from tests.support.inline import InlineWorker, workers
 from tests.support.tables import Tables
 from tests.support.tasks import add, xsum
+from tests.support.waiting import wait_until
 
 SIZE = 20
 EARLY = 31  # seconds, just above the default of pgbarrier_empty_after
@@ -53,18 +54,20 @@ def test_what_a_queue_lost_is_published_without_the_back_off(
     """All of it in the first pass after pgbarrier_empty_after, and not again in the next."""
     app = make_app(each_broker, databases.backend_url(database_url))
     result = chord([add.s(n, n) for n in range(SIZE)], xsum.s()).delay()
+    wait_until(lambda: each_broker.depth() == SIZE)  # RabbitMQ confirms nothing here
     lose(each_broker)
     assert reaper.run_once(app.backend).messages_published == 0, "it may just have been taken"
     pass_time(tables, EARLY)
     assert reaper.run_once(app.backend).messages_published == SIZE
-    assert each_broker.depth() == SIZE
+    wait_until(lambda: each_broker.depth() == SIZE)
     each_broker.purge()
     pass_time(tables, EARLY)
     assert reaper.run_once(app.backend).messages_published == 0, "the wait is doubled each time"
     pass_time(tables, EARLY)
     assert reaper.run_once(app.backend).messages_published == SIZE
     with workers(app, each_broker) as make:
-        make().drain()
+        inline = make()
+        wait_until(lambda: inline.drain() == 0 and result.ready())
     assert result.get(timeout=10) == SIZE * (SIZE - 1)
 
 
