@@ -293,7 +293,7 @@ def test_foreign_messages_and_copies_run_once(scene: Scene) -> None:
     ids = [f"foreign-{number}" for number in range(30)]
     with scene.broker.connection() as connection:
         producer = connection.Producer()
-        for task_id in ids:
+        for task_id in ids * 3:
             producer.publish(
                 json.dumps([[1, 2], {}, {}]), routing_key=scene.broker.queue, exchange="",
                 content_type="application/json", content_encoding="utf-8",
