@@ -273,7 +273,8 @@ def test_sqlalchemy_options_are_taken(
 def test_one_connection_serves_many_threads(
     make_app: Callable[..., Celery], redis_broker: Broker, database_url: str, tables: Tables
 ) -> None:
-    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 10}
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 10,
+               "connect_args": {"application_name": "counted"}}  # fmt: skip
     app = make_app(
         redis_broker, databases.backend_url(database_url), database_engine_options=options
     )
@@ -293,8 +294,8 @@ def test_one_connection_serves_many_threads(
     for thread in threads:
         thread.join(30)
     assert errors == []
-    others = "datname = current_database() AND pid <> pg_backend_pid()"
-    assert tables.value(f"SELECT count(*) FROM pg_stat_activity WHERE {others}") == 1
+    counted = "datname = current_database() AND application_name = 'counted'"
+    assert tables.value(f"SELECT count(*) FROM pg_stat_activity WHERE {counted}") == 1
 
 
 def test_a_thread_that_waits_for_a_connection_gets_the_next_one(database_url: str) -> None:
