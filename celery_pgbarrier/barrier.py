@@ -158,7 +158,7 @@ def open_chords(host: Releasing, unit: Unit) -> None:
 def follow(host: Releasing, unit: Unit, committed: Committed) -> None:
     """Do what a committed outcome leaves to do: publish, release, run inline errbacks."""
     faults.point("finish.committed")
-    outbox.publish(host, unit)
+    outbox.publish(host, unit, soon=True)
     for barrier_id in committed.ready:
         release(host, barrier_id)
     for errback in unit.inline:

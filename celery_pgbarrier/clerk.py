@@ -1,15 +1,18 @@
 """The clerk: two threads of a worker's parent that claim, and commit outcomes, in batches.
 
 They keep no state of the worker's: what they are told to claim they claim or not, what they are
-left they commit.  What they cannot do in a batch goes through the statements for one task.
+left they commit.  What they cannot do in a batch goes through the statements for one task.  They
+also mark, about once a second, what tasks' outcomes published; most of it has been claimed by then.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import mmap
 import pickle
 import random
+import select
 import socket
 import threading
 import time
@@ -22,7 +25,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from celery_pgbarrier import barrier
+from celery_pgbarrier import barrier, outbox
 from celery_pgbarrier.barrier import Releasing
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.errors import DatabaseUnavailable
@@ -40,9 +43,12 @@ _LINGER = 0.01
 _MOST, LARGEST = 256, 32768
 #: How long a pool process waits for room in the socket (seconds).
 _ROOM = 5.0
-#: What the parent sends among the outcomes: tell when all before this is settled (with a number);
-#: end.  Pickled outcomes begin with neither.
-_MARK, _END = b"?", b"."
+#: How long published messages wait for their mark: in seconds, and as a part of the time after
+#: which the reaper would publish them again.
+_UNMARKED, _PART = 1.0, 0.25
+#: What is sent among the outcomes: tell when all before this is settled (with a number); messages
+#: are published (with their ids); end.  Pickled outcomes begin with none of these.
+_MARK, _SENT, _END = b"?", b"!", b"."
 
 
 def now() -> float:
@@ -89,10 +95,14 @@ class Clerk:
         self._reader, self._writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._writer.settimeout(_ROOM)
+        self._poll = select.poll()
+        self._poll.register(self._reader, select.POLLIN)
         self._orders: SimpleQueue[Callable[[Releasing], None] | None] = SimpleQueue()
         self._marks: dict[bytes, threading.Event] = {}
         self._threads: list[threading.Thread] = []
         self._publishing: list[threading.Thread] = []
+        self._unmarked: list[str] = []  # of the thread that commits
+        self._due = 0.0  # when they are to be marked (monotonic time)
         self._bits = random.Random().getrandbits  # of this worker: seeded by the system
         #: Requests that are granted and whose messages are to be acknowledged.
         self.granted: deque[Any] = deque()
@@ -165,6 +175,17 @@ class Clerk:
             return False
         return True
 
+    def sent(self, ids: list[str]) -> bool:
+        """In any process: leave it to be said that messages are published; False: not taken."""
+        if threading.current_thread() in self._threads:
+            self._unmarked += ids
+            return True
+        data = _SENT + json.dumps(ids).encode()
+        try:
+            return len(data) <= LARGEST and bool(self._writer.send(data))
+        except OSError:
+            return False
+
     def flush(self, patience: float) -> bool:
         """Wait until the outcomes that were left so far are settled; False: out of patience."""
         mark, done = _MARK + uuid.uuid4().bytes, threading.Event()
@@ -217,12 +238,15 @@ class Clerk:
 
     def _commit_until_told(self, host: Releasing) -> None:
         more = True
+        wait = min(_UNMARKED, _PART * host.settings.publish_grace)
         while more:
             outcomes: list[Outcome] = []
             marks = []
             for data in self._received():
                 if data.startswith(_MARK):
                     marks.append(data)
+                elif data.startswith(_SENT):
+                    self._unmarked += json.loads(data[len(_SENT) :])
                 elif data in (_END, b""):
                     more = False
                 else:
@@ -233,9 +257,20 @@ class Clerk:
             for mark in marks:
                 if (done := self._marks.get(mark)) is not None:
                     done.set()
+            self._mark(host, wait if more else 0.0)
+
+    def _mark(self, host: Releasing, wait: float) -> None:
+        """Mark published messages, *wait* seconds after the first of them came."""
+        if self._unmarked and not self._due:
+            self._due = time.monotonic() + wait
+        if self._unmarked and (not wait or time.monotonic() >= self._due):
+            ids, self._unmarked, self._due = self._unmarked, [], 0.0
+            outbox.mark_published(host, ids)
 
     def _received(self) -> Iterator[bytes]:
-        """Yield what has been left: at least one message, and what comes within a moment."""
+        """Yield what has been left, and what comes within a moment; nothing when marks are due."""
+        if self._due and not self._poll.poll(max(self._due - time.monotonic(), 0.0) * 1000):
+            return
         yield self._reader.recv(2 * LARGEST)
         self.quiet.wait(_LINGER)
         for _ in range(_MOST):

@@ -1,7 +1,9 @@
 """What a committed unit sends: its messages, and the word that they are published.
 
 Members of small chords are recorded as published, and one row a barrier says that this is still to
-be done: it is deleted at the end.  Other messages are marked, batch by batch.
+be done: it is deleted at the end.  Other messages are marked, batch by batch; what follows from a
+task's outcome is marked a moment later where the worker has somebody for that, and needs no mark
+then if it has been claimed.
 """
 
 from __future__ import annotations
@@ -18,14 +20,24 @@ from celery_pgbarrier.unit import Host, Unit
 
 logger = logging.getLogger(__name__)
 
+#: In a worker that has a clerk: takes ids of published messages to be marked a moment later, and
+#: tells whether it did.
+marked_later: Callable[[list[str]], bool] | None = None
 
-def publish(host: Host, unit: Unit) -> None:
-    """Publish a committed unit's messages and say so, batch by batch; nothing is raised."""
+
+def publish(host: Host, unit: Unit, soon: bool = False) -> None:
+    """Publish a committed unit's messages and say so, batch by batch; nothing is raised.
+
+    Parameters:
+        soon: whether these messages are likely to be claimed at once.
+    """
     messages, batch = unit.messages, host.settings.batch_size
     for start in range(0, len(messages), batch):
         chunk = messages[start : start + batch]
         taken = set(dispatch.publish(host.app, [(m.task_id, m.envelope) for m in chunk]))
-        mark_published(host, [m.task_id for m in chunk if m.task_id in taken and not m.presumed])
+        sent = [m.task_id for m in chunk if m.task_id in taken and not m.presumed]
+        if not (soon and sent and marked_later is not None and marked_later(sent)):
+            mark_published(host, sent)
         missed = [m for m in chunk if m.task_id not in taken]
         if any(m.presumed for m in chunk):  # all that are stand in one batch
             unsent = [m.task_id for m in missed if m.presumed]

@@ -12,7 +12,7 @@ from celery import Celery, bootsteps
 from celery.signals import task_received, worker_init, worker_process_init, worker_shutdown
 from celery.worker import state as worker_state
 
-from celery_pgbarrier import ahead, compat, lease, reaper
+from celery_pgbarrier import ahead, compat, lease, outbox, reaper
 from celery_pgbarrier.errors import DatabaseUnavailable
 from celery_pgbarrier.request import BarrierRequest
 from celery_pgbarrier.store import sql
@@ -231,6 +231,7 @@ class BarrierStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if wanted and compat.forks_with_event_loop(parent):
             try:
                 ahead.current = ahead.Ahead(settings.claim_ahead, parent.concurrency)
+                outbox.marked_later = ahead.current.clerk.sent
             except OSError as error:  # sockets of this kind are Linux's
                 logger.info("Each process claims for itself: %s", error)
 
