@@ -3,11 +3,12 @@
 A claim and an outcome each cost a round trip, a statement to plan and, for an outcome, a flush;
 eight in one statement cost little more than one.  So while messages of short tasks wait in a
 prefork worker for a free process, its clerk (:mod:`celery_pgbarrier.clerk`) claims the next ones
-ahead, and the processes leave the plain outcomes of their successes to the clerk: of what was
-claimed ahead, and of what they claimed themselves while the worker still had nothing to wait.  All
-else (an idle worker, long tasks, retries, failures, links, late acknowledgement) goes the way for
-one task; so does whatever a batch leaves out, and a claim that has grown older than a
-heartbeat is made sure of by the process before it runs the task.
+ahead, and the processes leave the outcomes of their successes to the clerk, with the messages that
+follow (a chain's next step): of what was claimed ahead, and of what they claimed themselves while
+the worker still had nothing to wait.  All else (an idle worker, long tasks, retries, failures,
+canvases that follow, late acknowledgement) goes the way for one task; so does whatever a batch
+leaves out, and a claim that has grown older than a heartbeat is made sure of by the process before
+it runs the task.
 
 The message of a very short task is acknowledged when it is claimed: its row has all that the
 broker knew, and the next message comes, which otherwise waits for a process to be free.
@@ -29,7 +30,7 @@ from celery_pgbarrier import bulk
 from celery_pgbarrier.clerk import LARGEST, Clerk, Grant, now
 from celery_pgbarrier.envelope import Envelope
 from celery_pgbarrier.lease import Attempt, boot
-from celery_pgbarrier.unit import STAMP, Outcome, Stamp, Unit
+from celery_pgbarrier.unit import STAMP, Stamp, Unit
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +73,22 @@ def _is_of(field: Sequence[Any], stamp: Stamp) -> bool:
     return tuple(field[3:]) == (boot.current(), stamp.seq)
 
 
-def leave(outcome: Outcome, attempt: Attempt) -> bool:
-    """Leave an outcome to the clerk of the worker; False where that cannot be, or is no use."""
+def leave(unit: Unit, attempt: Attempt) -> bool:
+    """Leave an outcome to the clerk of the worker; False where that cannot be, or is no use.
+
+    Parameters:
+        unit: the outcome, and messages that are to be sent with it.
+    """
     if current is None or current.pid == os.getpid():
         return False
     if not attempt.ahead:  # its own claim: messages may have come since
         short = now() - attempt.claimed_at < _SHORT
         if not (short and current.clerk.waiting[0]):
             return False
-    if not current.clerk.leave(outcome):
+    if not current.clerk.leave(unit):
         return False
-    _left[outcome.task_id] = None
-    _left.move_to_end(outcome.task_id)
+    _left[attempt.task_id] = None
+    _left.move_to_end(attempt.task_id)
     if len(_left) > _REMEMBERED:
         _left.popitem(last=False)
     return True

@@ -26,14 +26,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from celery_pgbarrier import barrier, outbox
-from celery_pgbarrier.barrier import Releasing
 from celery_pgbarrier.envelope import Envelope
-from celery_pgbarrier.errors import DatabaseUnavailable
+from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict
 from celery_pgbarrier.lease import boot, publish_recorded
+from celery_pgbarrier.reaper import Failing
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.store.tasks import array
 from celery_pgbarrier.unit import Fence, Outcome, Stamp, Unit
-from celery_pgbarrier.writing import Committed
+from celery_pgbarrier.writing import Committed, batch_parameters, write_batch
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Clerk:
         self._writer.settimeout(_ROOM)
         self._poll = select.poll()
         self._poll.register(self._reader, select.POLLIN)
-        self._orders: SimpleQueue[Callable[[Releasing], None] | None] = SimpleQueue()
+        self._orders: SimpleQueue[Callable[[Failing], None] | None] = SimpleQueue()
         self._marks: dict[bytes, threading.Event] = {}
         self._threads: list[threading.Thread] = []
         self._publishing: list[threading.Thread] = []
@@ -114,7 +114,7 @@ class Clerk:
         #: Not zero while messages wait in the worker, as its pool processes see it.
         self.waiting = mmap.mmap(-1, 1)
 
-    def start(self, make_host: Callable[[], Releasing]) -> None:
+    def start(self, make_host: Callable[[], Failing]) -> None:
         """Start the threads, each with a backend of its own."""
         for name, target in (("claims", self._keep_claiming), ("outcomes", self._keep_committing)):
             thread = threading.Thread(
@@ -163,9 +163,12 @@ class Clerk:
         self._orders.put(partial(self._release, grants, gone, done))
         done.wait(patience)
 
-    def leave(self, outcome: Outcome) -> bool:
-        """In a pool process: leave an outcome to be committed; False where that cannot be."""
-        data = pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL)
+    def leave(self, unit: Unit) -> bool:
+        """In a pool process: leave an outcome, with the messages that follow, to be committed.
+
+        Returns False where that cannot be.
+        """
+        data = pickle.dumps(unit, pickle.HIGHEST_PROTOCOL)
         if len(data) > LARGEST:
             return False
         try:
@@ -200,7 +203,7 @@ class Clerk:
 
     # -- the threads
 
-    def _keep_claiming(self, host: Releasing) -> None:
+    def _keep_claiming(self, host: Failing) -> None:
         try:
             while (order := self._orders.get()) is not None:
                 try:
@@ -211,14 +214,14 @@ class Clerk:
             self.claiming = False
             host.database.dispose()
 
-    def _claim(self, grants: list[Grant], granted: deque[Any], host: Releasing) -> None:
+    def _claim(self, grants: list[Grant], granted: deque[Any], host: Failing) -> None:
         try:
             _claim(grants, granted, host)
         finally:
             self.busy = False
 
     def _release(
-        self, grants: list[Grant], gone: list[str], done: threading.Event, host: Releasing
+        self, grants: list[Grant], gone: list[str], done: threading.Event, host: Failing
     ) -> None:
         try:
             _release(grants, gone, host)
@@ -229,18 +232,18 @@ class Clerk:
             thread.start()
             self._publishing = [each for each in self._publishing if each.is_alive()] + [thread]
 
-    def _keep_committing(self, host: Releasing) -> None:
+    def _keep_committing(self, host: Failing) -> None:
         try:
             self._commit_until_told(host)
         finally:
             self._reader.close()  # the processes notice it and commit for themselves
             host.database.dispose()
 
-    def _commit_until_told(self, host: Releasing) -> None:
+    def _commit_until_told(self, host: Failing) -> None:
         more = True
         wait = min(_UNMARKED, _PART * host.settings.publish_grace)
         while more:
-            outcomes: list[Outcome] = []
+            units: list[Unit] = []
             marks = []
             for data in self._received():
                 if data.startswith(_MARK):
@@ -251,15 +254,15 @@ class Clerk:
                     more = False
                 else:
                     with _logged("An outcome cannot be read, its task runs again"):
-                        outcomes.append(pickle.loads(data))
+                        units.append(pickle.loads(data))
             with _logged("Outcomes are lost, their tasks run again"):
-                _commit(host, outcomes)
+                _commit(host, units)
             for mark in marks:
                 if (done := self._marks.get(mark)) is not None:
                     done.set()
             self._mark(host, wait if more else 0.0)
 
-    def _mark(self, host: Releasing, wait: float) -> None:
+    def _mark(self, host: Failing, wait: float) -> None:
         """Mark published messages, *wait* seconds after the first of them came."""
         if self._unmarked and not self._due:
             self._due = time.monotonic() + wait
@@ -290,7 +293,7 @@ def _logged(what: str) -> Iterator[None]:
         logger.exception("%s", what)
 
 
-def _claim(grants: list[Grant], granted: deque[Any], host: Releasing) -> None:
+def _claim(grants: list[Grant], granted: deque[Any], host: Failing) -> None:
     """Claim tasks, in one statement those with a row and in another those without."""
     by_token = {grant.token: grant for grant in grants}
     grants = sorted(grants, key=lambda grant: grant.task_id)  # one order of locks for all
@@ -320,7 +323,7 @@ def _claim(grants: list[Grant], granted: deque[Any], host: Releasing) -> None:
                 granted.append(grant.request)
 
 
-def _release(grants: list[Grant], gone: list[str], host: Releasing) -> None:
+def _release(grants: list[Grant], gone: list[str], host: Failing) -> None:
     parameters = {
         "ids": array(grant.task_id for grant in grants),
         "tokens": array(grant.token for grant in grants),
@@ -331,56 +334,60 @@ def _release(grants: list[Grant], gone: list[str], host: Releasing) -> None:
     host.database.count(sql.RELEASE_AHEAD, parameters, host.settings.heartbeat)
 
 
-def _publish(host: Releasing, ids: list[str]) -> None:
+def _publish(host: Failing, ids: list[str]) -> None:
     with _logged("Released tasks are published later, by the reaper"):
         publish_recorded(host, ids)
 
 
-def _commit(host: Releasing, outcomes: list[Outcome]) -> None:
-    """Commit outcomes: those of members in one statement, those of other tasks in another."""
-    for statement, chosen in (
-        (sql.FINISH_ALONES, [o for o in outcomes if o.fence.barrier is None]),
-        (sql.FINISH_MEMBERS, [o for o in outcomes if o.fence.barrier is not None]),
-    ):
-        left = {outcome.task_id: outcome for outcome in chosen}
+def _commit(host: Failing, units: list[Unit]) -> None:
+    """Commit outcomes: those of members in one transaction, those of other tasks in another."""
+    for statement, members in ((sql.FINISH_ALONES, False), (sql.FINISH_MEMBERS, True)):
+        left = {}
+        for unit in units:
+            outcome = unit.primary
+            assert isinstance(outcome, Outcome)
+            if (outcome.fence.barrier is not None) is members:
+                left[outcome.task_id] = unit
         if len(left) > 1:
-            ready = _commit_many(host, statement, left)
             with _logged("Chords that are complete are released later"):
-                barrier.follow(host, Unit(), Committed(ready))
-        for outcome in left.values():
-            with _logged(f"The outcome of task {outcome.task_id} is lost, it runs again"):
-                _commit_one(host, outcome)
+                barrier.follow(host, *_commit_many(host, statement, left))
+        for task_id, unit in left.items():
+            with _logged(f"The outcome of task {task_id} is lost, it runs again"):
+                _commit_one(host, task_id, unit)
 
 
-def _commit_many(host: Releasing, statement: str, left: dict[str, Outcome]) -> list[str]:
-    """Commit outcomes, take the accepted ones out of *left*, return barriers they completed."""
-    outcomes = list(left.values())
-    parameters = {
-        "ids": array(outcome.task_id for outcome in outcomes),
-        "tokens": array(outcome.fence.token for outcome in outcomes),
-        "statuses": array(outcome.stored_status for outcome in outcomes),
-        "results": array(outcome.result for outcome in outcomes),
-        "write_tokens": array(outcome.write_token for outcome in outcomes),
-        "expires": host.keep,
-        "barriers": array({o.fence.barrier for o in outcomes if o.fence.barrier}),
-    }
-    rows = host.database.statement(statement, parameters, host.settings.outcome_timeout)
+def _commit_many(host: Failing, statement: str, left: dict[str, Unit]) -> tuple[Unit, Committed]:
+    """Commit outcomes and take the accepted ones out of *left*; return what follows from them."""
+    patience, units = host.settings.outcome_timeout, list(left.values())
+    followed = Unit()
+    try:
+        if all(unit.plain for unit in units):
+            parameters = batch_parameters(host, units)
+            rows = host.database.statement(statement, parameters, patience)
+        else:
+            write = partial(write_batch, host=host, statement=statement, units=left)
+            rows = host.database.transaction(write, patience)
+    except DispatchConflict as conflict:  # of one of them: which one is seen one by one
+        logger.debug("Outcomes are committed one by one: %s", conflict)
+        return followed, Committed()
     for row in rows:
-        left.pop(row.id, None)
-    return [row.ready for row in rows if row.ready]
+        if row.id in left:
+            followed.events += left.pop(row.id).events
+    return followed, Committed([row.ready for row in rows if row.ready])
 
 
-def _commit_one(host: Releasing, outcome: Outcome) -> None:
-    unit = Unit()
-    unit.primary = outcome
+def _commit_one(host: Failing, task_id: str, unit: Unit) -> None:
     try:
         committed = barrier.commit(host, unit, host.settings.outcome_timeout)
     except DatabaseUnavailable as error:
-        logger.error("The outcome of task %s is given up: %s", outcome.task_id, error)
+        logger.error("The outcome of task %s is given up: %s", task_id, error)
+        return
+    except DispatchConflict as conflict:
+        assert unit.primary is not None
+        logger.error("What follows from task %s cannot be recorded: %s", task_id, conflict)
+        host.fail_recorded(task_id, unit.primary.fence.token, conflict)
         return
     if committed is None:
-        logger.warning(
-            "An outcome of task %s was refused: another run of it stands", outcome.task_id
-        )
+        logger.warning("An outcome of task %s was refused: another run of it stands", task_id)
     else:
         barrier.follow(host, unit, committed)

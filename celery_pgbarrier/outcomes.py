@@ -209,12 +209,10 @@ def recorded_request(row: Held | None) -> Context | None:
 
 
 def _left_to_parent(unit: Unit, attempt: Attempt) -> bool:
-    """Leave a success from which nothing follows to the worker's parent, if it takes it."""
+    """Leave a success from which at most messages follow to the worker's parent, if it takes it."""
     primary = unit.primary
-    if not isinstance(primary, Outcome) or primary.status != states.SUCCESS:
-        return False
-    alone = unit.plain and not (unit.inline or unit.sent_events)
-    return alone and ahead.leave(primary, attempt)
+    success = isinstance(primary, Outcome) and primary.status == states.SUCCESS
+    return success and unit.plain_messages and ahead.leave(unit, attempt)
 
 
 def _call_of(request: Any) -> str | None:

@@ -212,6 +212,11 @@ class Message:
         self.reads = reads
         self.presumed = False
 
+    def __reduce__(self) -> Any:
+        """Pickle what recording and publishing it takes: no barrier is opened elsewhere."""
+        fields = (self.task_id, self.name, self.queue, self.encoded, self.eta, self.reads)
+        return _message, fields
+
     @property
     def envelope(self) -> Envelope:
         """The message, decoded."""
@@ -220,6 +225,17 @@ class Message:
     def stamp(self, stamp: Stamp) -> None:
         """Give the message another stamp than that under which it was captured."""
         self.encoded = self.envelope.stamped(stamp.header(self.task_id)).encode()
+
+
+def _message(
+    task_id: str, name: str, queue: str, encoded: bytes, eta: str | None, reads: str | None
+) -> Message:
+    message = Message.__new__(Message)
+    message.task_id, message.name, message.queue = task_id, name, queue
+    message.encoded, message.eta, message.reads = encoded, eta, reads
+    message.group, message.in_chord, message.chain = None, False, ()
+    message.presumed = False
+    return message
 
 
 @dataclass
@@ -296,6 +312,16 @@ class Unit:
         """Whether there is nothing beyond the primary outcome."""
         return not (self.events or self.outcomes or self.additions or self.poison)
 
+    @property
+    def plain_messages(self) -> bool:
+        """Whether there is nothing beyond the primary outcome and messages that follow from it."""
+        beyond = self.outcomes or self.additions or self.poison or self.inline or self.sent_events
+        return not (beyond or self.barriers)
+
+    def __reduce__(self) -> Any:
+        """Pickle a unit of :attr:`plain_messages`."""
+        return _unit, (self.parent_call, self.primary, *self.messages)
+
     def call_of(self, task_id: str) -> str:
         """Return the call of a message or barrier of this unit."""
         if self.parent_call is None:
@@ -316,6 +342,13 @@ class Unit:
             elif event.chain:
                 ids.update(dict.fromkeys(leaves(event.chain[0], barrier.id)))
         return list(ids)
+
+
+def _unit(parent_call: str | None, primary: Outcome, *messages: Message) -> Unit:
+    unit = Unit(parent_call)
+    unit.primary = primary
+    unit.events.extend(messages)
+    return unit
 
 
 def leaves(signature: Any, barrier_id: str | None = None) -> Iterator[str]:

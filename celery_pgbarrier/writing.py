@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
 
 from celery_pgbarrier.errors import DispatchConflict
-from celery_pgbarrier.store import sql, tasks
+from celery_pgbarrier.store import direct, sql, tasks
 from celery_pgbarrier.unit import (
     Barrier,
     Fence,
@@ -79,6 +79,49 @@ def _write_outcome(connection: Connection, host: Host, outcome: Outcome) -> tupl
         if row is not None:
             return True, row.ready
     return False, None
+
+
+def batch_parameters(host: Host, units: Iterable[Unit]) -> dict[str, Any]:
+    """Return the parameters of the statements that write the outcomes of many claimed tasks."""
+    outcomes = [unit.primary for unit in units if isinstance(unit.primary, Outcome)]
+    return {
+        "ids": tasks.array(outcome.task_id for outcome in outcomes),
+        "tokens": tasks.array(outcome.fence.token for outcome in outcomes),
+        "statuses": tasks.array(outcome.stored_status for outcome in outcomes),
+        "results": tasks.array(outcome.result for outcome in outcomes),
+        "write_tokens": tasks.array(outcome.write_token for outcome in outcomes),
+        "expires": host.keep,
+        "barriers": tasks.array({o.fence.barrier for o in outcomes if o.fence.barrier}),
+    }
+
+
+def write_batch(
+    connection: Connection, host: Host, statement: str, units: Mapping[str, Unit]
+) -> list[Any]:
+    """Write outcomes of many claimed tasks, by task id, with the messages that follow from them.
+
+    Returns the statement's rows: ids of those whose outcome was accepted, barriers that are ready.
+
+    Raises:
+        DispatchConflict: an id is in use by another call; nothing is to be committed.
+    """
+    statements = host.database.sql
+    rows = direct.rows(connection, statements, statement, batch_parameters(host, units.values()))
+    accepted = [units[row.id] for row in rows if row.id in units]
+    count = sum(len(unit.events) for unit in accepted)
+    settings = host.settings
+    waits = tasks.Waits(settings.publish_grace + _PER_MESSAGE * count, settings.republish_after)
+    new = (row for unit in accepted for row in _rows(unit, False))
+    _record(connection, host, new, waits)
+    return rows
+
+
+def _record(
+    connection: Connection, host: Host, rows: Iterable[tasks.Row], waits: tasks.Waits
+) -> None:
+    foreign = tasks.record(connection, host.database.sql, rows, waits, host.settings.batch_size)
+    if foreign is not None:
+        raise DispatchConflict(f"task id {foreign} is used again while its first run goes on")
 
 
 def _write_hand_over(connection: Connection, host: Host, step: HandOver, unit: Unit) -> bool:
@@ -229,13 +272,5 @@ def write(connection: Connection, host: Host, unit: Unit) -> Committed:
         ready.append(_write_outcome(connection, host, outcome)[1])
     waits = waits_for(host, unit)
     ready += [_open(connection, host, unit, barrier, waits) for barrier in unit.barriers]
-    foreign = tasks.record(
-        connection,
-        host.database.sql,
-        _rows(unit, waits.presumed is not None),
-        waits,
-        host.settings.batch_size,
-    )
-    if foreign is not None:
-        raise DispatchConflict(f"task id {foreign} is used again while its first run goes on")
+    _record(connection, host, _rows(unit, waits.presumed is not None), waits)
     return Committed([barrier_id for barrier_id in ready if barrier_id])
