@@ -1,0 +1,201 @@
+"""Outcomes that are left to the worker's clerk, with what follows from them, as it commits them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chord, group, states
+
+from celery_pgbarrier import ahead, clerk, reaper
+from celery_pgbarrier.errors import DispatchConflict
+from celery_pgbarrier.lease import Attempt
+from celery_pgbarrier.unit import Unit
+from tests.support import databases
+from tests.support.brokers import Broker
+from tests.support.inline import InlineWorker, workers
+from tests.support.tables import Tables
+from tests.support.tasks import add, fail, identity, noted, notes, xsum
+from tests.support.wire import Wire
+
+MANY = 5
+MESSAGES = "SELECT count(*) FROM pgbarrier_task WHERE state = 'queued'"
+
+
+@pytest.fixture
+def database_url(emptied_database_url: str) -> str:
+    return emptied_database_url
+
+
+class Leaving:
+    """A worker that runs what waits and leaves the outcomes, which are committed together."""
+
+    def __init__(self, worker: InlineWorker) -> None:
+        self.worker = worker
+        self.left: list[Unit] = []
+        self.ids: set[str] = set()
+
+    def leave(self, unit: Unit, attempt: Attempt) -> bool:
+        """Stands in for :func:`ahead.leave`: a pickle on its way between two processes."""
+        self.ids.add(attempt.task_id)
+        self.left.append(pickle.loads(pickle.dumps(unit)))
+        return True
+
+    def run(self) -> list[Unit]:
+        """Run what waits; return what was left."""
+        self.worker.drain()
+        left, self.left = self.left, []
+        return left
+
+    def commit(self, units: list[Unit]) -> None:
+        """What the clerk does with what it was left."""
+        with self.worker.identity():
+            clerk._commit(self.worker.app.backend, units)
+
+    def drain(self) -> list[int]:
+        """Run and commit until nothing waits; how many outcomes were left each time."""
+        sizes = []
+        while units := self.run():
+            sizes.append(len(units))
+            self.commit(units)
+        return sizes
+
+
+@pytest.fixture
+def leaving(
+    make_app: Callable[..., Celery],
+    redis_broker: Broker,
+    wire: Wire,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Leaving]:
+    app = make_app(redis_broker, databases.backend_url(wire.url))
+    with workers(app, redis_broker) as make:
+        worker = make()
+        add.delay(0, 0)
+        worker.drain()
+        leaving = Leaving(worker)
+        monkeypatch.setattr(ahead, "leave", leaving.leave)
+        monkeypatch.setattr(ahead, "has_left", leaving.ids.__contains__)
+        yield leaving
+
+
+#: Chains by what they are part of, and what comes of MANY of them.
+CANVASES: dict[str, Callable[[str], tuple[Any, Any]]] = {
+    "chains": lambda path: (
+        group(noted.s(n, path) | add.s(1) | add.s(1) for n in range(MANY)),
+        [n + 2 for n in range(MANY)],
+    ),
+    "links": lambda path: (
+        group(add.s(n, 1).set(link=noted.s(path)) for n in range(1, MANY + 1)),
+        [n + 1 for n in range(1, MANY + 1)],
+    ),
+    "members": lambda path: (
+        chord([noted.s(n, path) | add.s(1) for n in range(MANY)], xsum.s() | add.s(1)),
+        sum(range(MANY)) + MANY + 1,
+    ),
+    "linked": lambda path: (
+        chord([add.s(n, 0).set(link=noted.s(path)) for n in range(MANY)], xsum.s()),
+        sum(range(MANY)),
+    ),
+}
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_steps_and_links_follow_from_a_batch(
+    leaving: Leaving, wire: Wire, tables: Tables, tmp_path: Path, canvas: str
+) -> None:
+    path = str(tmp_path / "runs")
+    called, expected = CANVASES[canvas](path)
+    result = called()
+    wire.said.clear()
+    units = leaving.run()
+    assert len(units) == MANY
+    wire.said.clear()
+    leaving.commit(units)
+    trips = 5  # BEGIN, outcomes, messages, COMMIT, their mark; then as many for a body
+    assert len(wire.said) == (2 * trips if canvas == "linked" else trips)
+    leaving.drain()
+    assert result.get(timeout=5) == expected
+    assert len(notes(path)) == MANY
+    assert tables.count("task", "state <> 'done'") == 0
+    assert tables.value("SELECT max(attempt) FROM pgbarrier_task") == 1
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+@pytest.mark.parametrize("moment", ["finish", "pgbarrier_record_tasks", "COMMIT"])
+def test_an_answer_that_is_lost_repeats_nothing(
+    leaving: Leaving, wire: Wire, tables: Tables, tmp_path: Path, moment: str, canvas: str
+) -> None:
+    path = str(tmp_path / "runs")
+    called, expected = CANVASES[canvas](path)
+    result = called()
+    units = leaving.run()
+    finish = "pgbarrier_finish_members" if canvas == "linked" else "pgbarrier_finish_alones"
+    wire.cut(finish if moment == "finish" else moment)
+    leaving.commit(units)
+    assert wire.was_cut
+    if canvas == "linked":  # nobody heard that the barrier is ready
+        tables.overdue()
+        reaper.run_once(leaving.worker.app.backend)
+    leaving.drain()
+    assert result.get(timeout=5) == expected
+    assert len(notes(path)) == MANY
+    assert tables.count("task", "state <> 'done'") == 0
+
+
+def test_what_follows_from_a_refused_outcome_is_not_sent(
+    leaving: Leaving, tables: Tables, tmp_path: Path
+) -> None:
+    """Another process has taken one of the tasks over meanwhile."""
+    path = str(tmp_path / "runs")
+    result = group(add.s(n, 0) | noted.s(path) for n in range(MANY))()
+    units = leaving.run()
+    lost = result.results[2].parent.id
+    tables.ask("UPDATE pgbarrier_task SET token = gen_random_uuid() WHERE id = :id", id=lost)
+    leaving.commit(units)
+    leaving.drain()
+    assert sorted(notes(path)) == ["0", "1", "3", "4"]
+    assert tables.task(lost).state == "running"
+    assert result.results[2].state == states.PENDING
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "own"])
+def test_a_step_whose_id_runs_for_another_call_fails_its_task_only(
+    leaving: Leaving, tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    """As it does where a process commits its own outcomes."""
+    if not left:
+        monkeypatch.setattr(ahead, "leave", lambda unit, attempt: False)
+    path = str(tmp_path / "runs")
+    queue = f"{leaving.worker.broker.queue}-nobody"
+    other = chord([add.s(0, 0).set(task_id="taken", queue=queue)], identity.s())()
+    seconds = [noted.s(path) for _ in range(MANY)]
+    seconds[2].set(task_id="taken")
+    results = [(add.s(n, 0) | second)() for n, second in enumerate(seconds)]
+    with nullcontext() if left else pytest.warns(RuntimeWarning, match="outside body"):
+        leaving.drain()
+    assert sorted(notes(path)) == ["0", "1", "3", "4"]
+    first = results[2].parent
+    assert first.state == states.FAILURE
+    with pytest.raises(DispatchConflict, match="taken"):
+        first.get(timeout=5)
+    assert tables.value(MESSAGES) == 1, "the other call's"
+    leaving.worker.drain(queue=queue)
+    leaving.drain()
+    assert other.get(timeout=5) == [0]
+
+
+def test_failures_and_canvases_are_not_left(leaving: Leaving) -> None:
+    """They take what a pool process has: errbacks, the chord that follows, its members."""
+    failed = fail.delay()
+    followed = (add.s(1, 1) | group(add.s(1), add.s(2)) | xsum.s())()
+    assert [leaving.worker.step() is None for _ in range(2)] == [False, False]
+    assert leaving.left == []
+    assert failed.state == states.FAILURE
+    assert followed.parent is not None
+    leaving.drain()
+    assert followed.get(timeout=5) == 7
