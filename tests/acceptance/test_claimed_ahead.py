@@ -233,13 +233,14 @@ def _cut_all(connection: Any) -> None:
 @pytest.mark.slow
 def test_a_revoked_task_that_waits_claimed_is_revoked(scene: Scene) -> None:
     worker = warm(scene)
+    done = scene.finished()
     worker.send(signal.SIGSTOP)
     result = backlog()
     ids = [child.id for child in result.children]
     scene.app.control.revoke(ids[MANY // 2 :])
     worker.send(signal.SIGCONT)
     assert [child.get(timeout=60) for child in result.children[:20]] == [n + 1 for n in range(20)]
-    wait_until(lambda: not scene.open(), 60, scene.report)
+    wait_until(lambda: scene.finished() == done + MANY, 60, scene.report)
     by_status = dict(
         map(tuple, scene.query("SELECT status, count(*) FROM pgbarrier_task GROUP BY 1"))
     )
