@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from celery import chord, group
+from celery import chain, chord, group
 from celery.result import AsyncResult
 
 from benchmarks.app import app
@@ -89,6 +89,15 @@ def flow(count: int) -> float:
     begun = time.time()
     publish(count, app.conf.task_default_queue)
     return count / (max(_wait_ended(seen + count)[seen:]) - begun)
+
+
+def chains(count: int, steps: int) -> float:
+    """Call chains while the worker runs them; tasks per second from first call to last end."""
+    seen = _ended()
+    begun = time.time()
+    for _ in range(count):
+        chain(noted.si(number) for number in range(steps))()
+    return count * steps / (max(_wait_ended(seen + count * steps)[seen:]) - begun)
 
 
 def _ended() -> int:
@@ -179,6 +188,7 @@ def ping() -> int:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        chords, storm, publish, drain, flow, latency, join, wait_for_nothing, dispatch, ping,
+        chords, storm, publish, drain, flow, chains, latency, join, wait_for_nothing, dispatch,
+        ping,
     )
 }  # fmt: skip

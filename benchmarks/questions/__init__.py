@@ -9,6 +9,7 @@ from benchmarks.plan import Plan
 from benchmarks.questions import (
     barrier,
     bloat,
+    chains,
     chord,
     counts,
     dispatch,
@@ -38,6 +39,7 @@ QUESTIONS: dict[str, Question] = {
     "chord": chord,
     "storm": storm,
     "throughput": throughput,
+    "chains": chains,
     "get": get,
     "waiting": waiting,
     "barrier": barrier,
