@@ -349,8 +349,9 @@ def _commit(host: Failing, units: list[Unit]) -> None:
             if (outcome.fence.barrier is not None) is members:
                 left[outcome.task_id] = unit
         if len(left) > 1:
-            with _logged("Chords that are complete are released later"):
-                barrier.follow(host, *_commit_many(host, statement, left))
+            followed, committed = _commit_many(host, statement, left)
+            with _logged("Messages are sent, and chords released, later"):
+                barrier.follow(host, followed, committed)
         for task_id, unit in left.items():
             with _logged(f"The outcome of task {task_id} is lost, it runs again"):
                 _commit_one(host, task_id, unit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from celery import Celery, chord, group, states
 
 from celery_pgbarrier import ahead, clerk, reaper
-from celery_pgbarrier.errors import DispatchConflict
+from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict
 from celery_pgbarrier.lease import Attempt
 from celery_pgbarrier.unit import Unit
 from tests.support import databases
@@ -187,6 +188,24 @@ def test_a_step_whose_id_runs_for_another_call_fails_its_task_only(
     leaving.worker.drain(queue=queue)
     leaving.drain()
     assert other.get(timeout=5) == [0]
+
+
+def test_a_batch_is_given_up_at_once_where_the_database_stays_away(
+    leaving: Leaving, wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one outcome after the other, each with the patience of all: the tasks run again."""
+    backend = leaving.worker.app.backend
+    monkeypatch.setattr(backend, "_settings", replace(backend.settings, outcome_timeout=0.5))
+    alone: list[str] = []
+    monkeypatch.setattr(clerk, "_commit_one", lambda host, task_id, unit: alone.append(task_id))
+    path = str(tmp_path / "runs")
+    group(add.s(n, 0) | noted.s(path) for n in range(MANY))()
+    units = leaving.run()
+    wire.cut("COMMIT", stay=True)
+    with pytest.raises(DatabaseUnavailable):
+        leaving.commit(units)
+    assert alone == []
+    wire.mend()
 
 
 def test_failures_and_canvases_are_not_left(leaving: Leaving) -> None:
