@@ -42,7 +42,7 @@ def publish(host: Host, unit: Unit, soon: bool = False) -> None:
         if any(m.presumed for m in chunk):  # all that are stand in one batch
             unsent = [m.task_id for m in missed if m.presumed]
             _quietly(partial(_confirm, host, unit, unsent), "saying that a chord is published")
-        if missed:  # the broker is away: the reaper does the rest
+        if not taken:  # the broker is away: the reaper does the rest
             break
     for send in unit.sent_events:
         _quietly(partial(_send_event, host, send), "task-sent event")

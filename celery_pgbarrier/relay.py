@@ -104,7 +104,7 @@ def publish_due(host: GivingUp) -> Relayed:
         if taken:
             published = _publish(host, taken)
             done.published += published
-            if published < len(taken):
+            if not published:  # the broker is away
                 break
         if found < host.settings.batch_size:
             break
@@ -209,7 +209,7 @@ def publish_interrupted(host: Host) -> int:
             break
         sent = _publish(host, taken) if taken else 0
         published += sent
-        if sent < len(taken):  # the broker is away; they are due again, one by one
+        if taken and not sent:  # the broker is away; they are due again, one by one
             break
     return published
 
@@ -253,7 +253,7 @@ def publish_lost(host: Host) -> int:
         logger.warning("%s messages are gone from their queues and are sent again", len(taken))
         sent = _publish(host, taken)
         published += sent
-        if sent < len(taken):
+        if not sent:
             break
     return published
 

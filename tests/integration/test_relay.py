@@ -80,6 +80,26 @@ def test_a_queue_that_holds_messages_has_lost_none_yet(
     assert redis_broker.depth() == SIZE
 
 
+@pytest.mark.rabbitmq
+def test_a_message_that_the_broker_refuses_does_not_hold_up_the_others(
+    make_app: Callable[..., Celery], rabbitmq_broker: Broker, database_url: str, tables: Tables
+) -> None:
+    """AMQP has one byte for a priority; what is due is published in batches of two."""
+    url = databases.backend_url(database_url)
+    app = make_app(rabbitmq_broker, url, pgbarrier_batch_size=2)
+    chord([add.s(n, n).set(priority=None if n else 1000) for n in range(SIZE)], xsum.s()).delay()
+    wait_until(lambda: rabbitmq_broker.depth() == SIZE - 1)
+    rabbitmq_broker.purge()
+    tables.ask(
+        "UPDATE pgbarrier_task SET published_at = NULL, publications = 0,"
+        " due_at = clock_timestamp() - make_interval(secs => 60 - position)"
+    )
+    assert reaper.run_once(app.backend).messages_published == SIZE - 1
+    wait_until(lambda: rabbitmq_broker.depth() == SIZE - 1)
+    refused = "SELECT position FROM pgbarrier_task WHERE published_at IS NULL"
+    assert [row.position for row in tables.ask(refused)] == [0]
+
+
 def test_a_message_with_an_eta_is_lost_after_that_only(
     backend: BarrierBackend, redis_broker: Broker, tables: Tables
 ) -> None:
