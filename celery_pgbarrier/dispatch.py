@@ -19,25 +19,32 @@ logger = logging.getLogger(__name__)
 RETRY_POLICY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
 
 _Messages = list[tuple[str, Envelope]]
+_Refused = dict[str, Exception]
 
 
-def publish(app: Celery, envelopes: Iterable[tuple[str, Envelope]]) -> list[str]:
+def publish(
+    app: Celery, envelopes: Iterable[tuple[str, Envelope]], refused: _Refused | None = None
+) -> list[str]:
     """Publish messages until the broker fails; return the ids of those that it took.
 
     What is not published stays recorded, and the reaper publishes it.  Nothing is raised but the
     soft time limit of a task that publishes.
+
+    Parameters:
+        refused: gets the errors of those that the broker refuses, by id.
     """
     published: list[str] = []
+    refused = {} if refused is None else refused
     try:
         with app.producer_pool.acquire(block=True) as producer:
             firsts, rest = _by_route(envelopes)
             for task_id, envelope in firsts:
-                if _publish_one(app, producer, task_id, envelope):
+                if _publish_one(app, producer, task_id, envelope, refused):
                     published.append(task_id)
                 if len(published) == 1:
                     faults.point("dispatch.half-published")
             if rest:
-                _publish_rest(producer, rest, published)
+                _publish_rest(producer, rest, published, refused)
     except SoftTimeLimitExceeded:
         raise
     except Exception as error:
@@ -57,7 +64,9 @@ def _by_route(envelopes: Iterable[tuple[str, Envelope]]) -> tuple[_Messages, _Me
     return firsts, rest
 
 
-def _publish_rest(producer: Any, messages: _Messages, published: list[str]) -> None:
+def _publish_rest(
+    producer: Any, messages: _Messages, published: list[str], refused: _Refused
+) -> None:
     """Publish messages whose routes are known to the broker, many at once."""
     given: list[str] = []
     with bulk.sender(producer) as sender:
@@ -66,7 +75,7 @@ def _publish_rest(producer: Any, messages: _Messages, published: list[str]) -> N
                 try:
                     sender.send(envelope)
                 except Exception as error:
-                    _unless_refused(producer, task_id, error)
+                    _unless_refused(producer, task_id, error, refused)
                 else:
                     given.append(task_id)
             sender.flush()
@@ -74,7 +83,9 @@ def _publish_rest(producer: Any, messages: _Messages, published: list[str]) -> N
             published += given[: sender.sent]
 
 
-def _publish_one(app: Celery, producer: Any, task_id: str, envelope: Envelope) -> bool:
+def _publish_one(
+    app: Celery, producer: Any, task_id: str, envelope: Envelope, refused: _Refused
+) -> bool:
     """Publish one message; False where the broker refuses this one, an error where it is away."""
     try:
         producer.publish(
@@ -85,19 +96,20 @@ def _publish_one(app: Celery, producer: Any, task_id: str, envelope: Envelope) -
             **bulk.arguments(envelope),
         )
     except Exception as error:
-        _unless_refused(producer, task_id, error)
+        _unless_refused(producer, task_id, error, refused)
         return False
     return True
 
 
-def _unless_refused(producer: Any, task_id: str, error: Exception) -> None:
-    """Log that the broker refuses a message; raise an error that tells that it is away."""
+def _unless_refused(producer: Any, task_id: str, error: Exception, refused: _Refused) -> None:
+    """Take down that the broker refuses a message; raise an error that tells that it is away."""
     if isinstance(error, SoftTimeLimitExceeded):
         raise error
     away = (OperationalError, OSError, *producer.connection.connection_errors)
     if isinstance(error, away):
         raise error
     logger.error("The broker refuses the message of task %s: %r", task_id, error)
+    refused[task_id] = error
 
 
 def _queues(app: Celery, envelope: Envelope) -> list[Any]:

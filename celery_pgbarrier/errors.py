@@ -73,6 +73,10 @@ class NeverClaimed(TaskPoisoned):
     """The task's message was published again and again, was taken, and never led to a claim."""
 
 
+class MessageRefused(TaskPoisoned):
+    """The broker refused the task's message again and again (an impossible option, say)."""
+
+
 class NotPoisoned(PgBarrierError):
     """No task of this id is kept as poison."""
 

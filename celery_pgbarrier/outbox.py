@@ -52,8 +52,8 @@ def _confirm(host: Host, unit: Unit, unsent: list[str]) -> None:
     """Tell of all messages of a unit's barriers but *unsent* that they are published."""
     database, settings = host.database, host.settings
     if unsent:
-        parameters = {"ids": unsent, "after": settings.publish_grace, "unpublished": True}
-        database.count(sql.TASKS_DEFER, parameters, 1.0)
+        parameters = {"ids": unsent, "after": settings.publish_grace}
+        database.count(sql.TASKS_UNPUBLISHED, parameters, 1.0)
     ids = [barrier.id for barrier in unit.barriers]
     calls = array(unit.call_of(barrier_id) for barrier_id in ids)
     database.count(sql.DISPATCH_DONE, {"ids": array(ids), "calls": calls}, 1.0)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row
 from celery_pgbarrier import faults, queues
 from celery_pgbarrier.dispatch import publish
 from celery_pgbarrier.envelope import Envelope
-from celery_pgbarrier.errors import NeverClaimed, PgBarrierError
+from celery_pgbarrier.errors import MessageRefused, NeverClaimed, PgBarrierError
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.unit import Host, Stamp
 
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 #: Batches in one pass; what is left is the next pass's.
 _MOST_BATCHES = 100
 #: Publications of a message without a claim, after which it is given up once its queue has moved
-#: past it again: 8.5 hours at least with the defaults (30 s, doubled ten times).
+#: past it again: 8.5 hours at least with the defaults (30 s, doubled ten times).  As many refusals
+#: of the broker are enough, without its queue: 4 hours with the defaults (15 s, doubled).
 _MOST_PUBLICATIONS = 10
 #: How many batches of waiting messages a pass looks through for those of queues that are empty.
 _SCAN = 20
@@ -69,12 +70,15 @@ def plan(due: Sequence[Row[Any]], moved: dict[str, datetime], probing: set[str])
     A message is lost when it was never published or when its queue has moved past it: a younger
     message was claimed.  Where nothing shows that, the youngest of the queue's messages is sent
     again as a probe: if the queue is a backlog it waits too; if it lost its messages, the probe is
-    claimed and shows that all older ones are lost.
+    claimed and shows that all older ones are lost.  What the broker has refused each time is
+    hopeless.
     """
     result = Plan()
     for row in due:
         through = moved.get(row.queue)
-        if row.published_at is None:
+        if row.published_at is None and row.publications >= _MOST_PUBLICATIONS:
+            result.hopeless.append(row)  # refused each time
+        elif row.published_at is None:
             result.publish.append(row.id)
         elif through is None or row.published_at > through:
             result.defer.append(row.id)
@@ -132,7 +136,7 @@ def _take_up(host: Host, connection: Connection) -> tuple[int, list[Row[Any]], P
     taken = _advance(host, connection, decided.publish + probes, probes)
     later = decided.defer + [row.id for row in decided.hopeless]
     if later:
-        parameters = {"ids": later, "after": _look_again(host), "unpublished": False}
+        parameters = {"ids": later, "after": _look_again(host)}
         connection.execute(statements[sql.TASKS_DEFER], parameters)
     return len(due), taken, decided
 
@@ -159,13 +163,14 @@ def _advance(
 def _publish(host: Host, taken: Sequence[Row[Any]]) -> int:
     """Publish messages that were taken up; those that the broker does not take are due again."""
     faults.point("reap.advanced")
+    refused: dict[str, Exception] = {}
     envelopes = list(_envelopes(taken))
-    published = publish(host.app, envelopes)
-    if len(published) < len(envelopes):
-        missed = [row.id for row in taken if row.id not in set(published)]
-        after = host.settings.reap_interval
-        parameters = {"ids": missed, "after": after, "unpublished": True}
-        host.database.count(sql.TASKS_DEFER, parameters)
+    published = set(publish(host.app, envelopes, refused))
+    missed = [key for key, _ in envelopes if key not in published and key not in refused]
+    after = host.settings.reap_interval
+    for statement, ids in ((sql.TASKS_REFUSED, [*refused]), (sql.TASKS_UNPUBLISHED, missed)):
+        if ids:
+            host.database.count(statement, {"ids": ids, "after": after})
     return len(published)
 
 
@@ -179,10 +184,17 @@ def _envelopes(taken: Sequence[Row[Any]]) -> Iterator[tuple[str, Envelope]]:
 
 
 def _give_up(host: GivingUp, row: Row[Any]) -> bool:
-    error = NeverClaimed(
-        f"the message of {row.name} was published {row.publications + 1} times; younger ones of "
-        f"queue {row.queue} were run, it never was: can its workers read it?"
-    )
+    error: PgBarrierError
+    if row.published_at is None:
+        error = MessageRefused(
+            f"the broker refused the message of {row.name} {row.publications} times: the log of "
+            "whoever publishes has its reasons (a message that is too large, an impossible option)"
+        )
+    else:
+        error = NeverClaimed(
+            f"the message of {row.name} was published {row.publications + 1} times; younger ones "
+            f"of queue {row.queue} were run, it never was: can its workers read it?"
+        )
     try:
         host.fail_unclaimed(row.id, Stamp(row.call, row.seq, True), error)
     except Exception:

@@ -10,7 +10,7 @@ from celery import Celery, chord
 from celery.worker import state
 from kombu.transport import virtual
 
-from celery_pgbarrier import NeverClaimed, poison, queues, reaper, worker
+from celery_pgbarrier import MessageRefused, NeverClaimed, poison, queues, reaper, worker
 from celery_pgbarrier.backend import BarrierBackend
 from tests.support import databases
 from tests.support.brokers import Broker, private_broker
@@ -96,8 +96,52 @@ def test_a_message_that_the_broker_refuses_does_not_hold_up_the_others(
     )
     assert reaper.run_once(app.backend).messages_published == SIZE - 1
     wait_until(lambda: rabbitmq_broker.depth() == SIZE - 1)
-    refused = "SELECT position FROM pgbarrier_task WHERE published_at IS NULL"
-    assert [row.position for row in tables.ask(refused)] == [0]
+    refused = "SELECT position, publications FROM pgbarrier_task WHERE published_at IS NULL"
+    assert [tuple(row) for row in tables.ask(refused)] == [(0, 1)]
+
+
+@pytest.mark.rabbitmq
+def test_what_the_broker_always_refuses_is_given_up(
+    make_app: Callable[..., Celery], rabbitmq_broker: Broker, database_url: str, tables: Tables
+) -> None:
+    """At doubling intervals, and not for ever: the chord fails, its message is kept."""
+    app = make_app(rabbitmq_broker, databases.backend_url(database_url))
+    result = chord([add.s(0, 0).set(priority=1000)], xsum.s()).delay()
+    member = result.parent.results[0].id
+    waits = []
+    for _ in range(10):
+        tables.overdue()
+        assert reaper.run_once(app.backend).messages_published == 0
+        due = "SELECT extract(epoch FROM due_at - clock_timestamp()) FROM pgbarrier_task"
+        waits.append(float(tables.value(f"{due} WHERE id = :id", id=member)))
+    assert [round(wait / 15) for wait in waits] == [2**n for n in range(10)]
+    assert app.AsyncResult(member).state == "PENDING"
+    tables.overdue()
+    reaper.run_once(app.backend)
+    with pytest.raises(MessageRefused, match="refused the message of"):
+        app.AsyncResult(member).get(timeout=5)
+    assert result.state == "FAILURE"
+    assert [row.id for row in poison.listed(app.backend)] == [member]
+
+
+def test_a_broker_that_is_away_refuses_nothing(
+    make_app: Callable[..., Celery], redis_broker: Broker, database_url: str, tables: Tables
+) -> None:
+    """However often: its messages are published when it is back."""
+    url = databases.backend_url(database_url)
+    away = make_app(private_broker("redis://127.0.0.1:1/0"), url)
+    here = make_app(redis_broker, url)
+    result = chord([add.s(1, 1)], xsum.s()).delay()
+    member = result.parent.results[0].id
+    tables.ask("UPDATE pgbarrier_task SET published_at = NULL, publications = 9 WHERE id = :id",
+               id=member)  # fmt: skip
+    for _ in range(3):
+        tables.overdue()
+        assert reaper.run_once(away.backend).messages_published == 0
+        assert tables.task(member).publications == 9
+    tables.overdue()
+    assert reaper.run_once(here.backend).messages_published == 1
+    assert tables.task(member).state == "queued"
 
 
 def test_a_message_with_an_eta_is_lost_after_that_only(

@@ -103,12 +103,27 @@ UPDATE {s}pgbarrier_task AS t
 RETURNING t.id, t.message, t.copies, x.place
 """
 
-#: Look at messages again later (their queue is a backlog, or the broker is away).
+#: The broker refused these: they are tried again at doubling intervals, and counted.
+TASKS_REFUSED = """
+UPDATE {s}pgbarrier_task
+   SET published_at = NULL,
+       due_at = clock_timestamp()
+                + make_interval(secs => :after * power(2, LEAST(publications - 1, 12)))
+ WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued'
+"""
+
+#: Look at messages again later: their queue is a backlog.
 TASKS_DEFER = """
-UPDATE {s}pgbarrier_task SET due_at = clock_timestamp() + make_interval(secs => :after),
-       published_at = CASE WHEN CAST(:unpublished AS boolean) THEN NULL ELSE published_at END,
-       publications = CASE WHEN CAST(:unpublished AS boolean) THEN GREATEST(publications - 1, 0)
-                           ELSE publications END
+UPDATE {s}pgbarrier_task SET due_at = clock_timestamp() + make_interval(secs => :after)
+ WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued'
+"""
+
+#: The broker is away: these are due again.  Only what it refuses may come to its last publication
+#: without having been published (the tenth, see :mod:`celery_pgbarrier.relay`).
+TASKS_UNPUBLISHED = """
+UPDATE {s}pgbarrier_task
+   SET due_at = clock_timestamp() + make_interval(secs => :after), published_at = NULL,
+       publications = LEAST(GREATEST(publications - 1, 0), 9)
  WHERE id = ANY(CAST(:ids AS text[])) AND state = 'queued'
 """
 
