@@ -25,6 +25,7 @@ from celery_pgbarrier.store import direct, sql
 from celery_pgbarrier.store.database import Database
 from celery_pgbarrier.unit import (
     Fence,
+    HandOver,
     Host,
     Outcome,
     Stamp,
@@ -158,7 +159,8 @@ def open_chords(host: Releasing, unit: Unit) -> None:
 def follow(host: Releasing, unit: Unit, committed: Committed) -> None:
     """Do what a committed outcome leaves to do: publish, release, run inline errbacks."""
     faults.point("finish.committed")
-    outbox.publish(host, unit, soon=True)
+    # The next message of a task that is retried is not told from its former ones by a late mark.
+    outbox.publish(host, unit, soon=not isinstance(unit.primary, HandOver))
     for barrier_id in committed.ready:
         release(host, barrier_id)
     for errback in unit.inline:

@@ -1,8 +1,10 @@
-"""The clerk: two threads of a worker's parent that claim, and commit outcomes, in batches.
+"""The clerk: threads of a worker's parent that claim, and commit outcomes, in batches.
 
 They keep no state of the worker's: what they are told to claim they claim or not, what they are
-left they commit.  What they cannot do in a batch goes through the statements for one task.  They
-also mark, about once a second, what tasks' outcomes published; most of it has been claimed by then.
+left they commit.  What they cannot do in a batch goes through the statements for one task.  A third
+thread does what may have to wait for the broker: it publishes what follows from outcomes, and
+releases chords.  About once a second what was published is marked; most of it has been claimed by
+then.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 
 from celery_pgbarrier import barrier, outbox
 from celery_pgbarrier.envelope import Envelope
-from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict
+from celery_pgbarrier.errors import DatabaseUnavailable
 from celery_pgbarrier.lease import boot, publish_recorded
 from celery_pgbarrier.reaper import Failing
 from celery_pgbarrier.store import sql
@@ -49,6 +51,10 @@ _UNMARKED, _PART = 1.0, 0.25
 #: What is sent among the outcomes: tell when all before this is settled (with a number); messages
 #: are published (with their ids); end.  Pickled outcomes begin with none of these.
 _MARK, _SENT, _END = b"?", b"!", b"."
+#: How much may wait for the broker, in commits; the reaper does what comes on top.
+_BEHIND = 1000
+
+_Work = Callable[[Failing], None]
 
 
 def now() -> float:
@@ -97,10 +103,12 @@ class Clerk:
         self._writer.settimeout(_ROOM)
         self._poll = select.poll()
         self._poll.register(self._reader, select.POLLIN)
-        self._orders: SimpleQueue[Callable[[Failing], None] | None] = SimpleQueue()
+        self._notices = self._writer.dup()  # for what must not wait for room
+        self._notices.setblocking(False)
+        self._orders: SimpleQueue[_Work | None] = SimpleQueue()
+        self._sendings: SimpleQueue[_Work | None] = SimpleQueue()
         self._marks: dict[bytes, threading.Event] = {}
         self._threads: list[threading.Thread] = []
-        self._publishing: list[threading.Thread] = []
         self._unmarked: list[str] = []  # of the thread that commits
         self._due = 0.0  # when they are to be marked (monotonic time)
         self._bits = random.Random().getrandbits  # of this worker: seeded by the system
@@ -116,7 +124,11 @@ class Clerk:
 
     def start(self, make_host: Callable[[], Failing]) -> None:
         """Start the threads, each with a backend of its own."""
-        for name, target in (("claims", self._keep_claiming), ("outcomes", self._keep_committing)):
+        for name, target in (
+            ("claims", self._keep_claiming),
+            ("outcomes", self._keep_committing),
+            ("broker", self._keep_sending),
+        ):
             thread = threading.Thread(
                 target=target, args=(make_host(),), name=f"pgbarrier-{name}", daemon=True
             )
@@ -129,9 +141,10 @@ class Clerk:
         with suppress(OSError):
             self._writer.send(_END)
         deadline = time.monotonic() + patience
-        for thread in self._threads:
+        for thread in self._threads[:2]:
             thread.join(max(deadline - time.monotonic(), 0.0))
-        for thread in self._publishing:
+        self._sendings.put(None)  # after what they have left to it
+        for thread in self._threads[2:]:
             thread.join(max(deadline - time.monotonic(), 0.0))
 
     def inherit(self) -> None:
@@ -180,13 +193,10 @@ class Clerk:
 
     def sent(self, ids: list[str]) -> bool:
         """In any process: leave it to be said that messages are published; False: not taken."""
-        if threading.current_thread() in self._threads:
-            self._unmarked += ids
-            return True
         data = _SENT + json.dumps(ids).encode()
         try:
-            return len(data) <= LARGEST and bool(self._writer.send(data))
-        except OSError:
+            return len(data) <= LARGEST and bool(self._notices.send(data))
+        except OSError:  # no room, or nobody reads it
             return False
 
     def flush(self, patience: float) -> bool:
@@ -194,10 +204,10 @@ class Clerk:
         mark, done = _MARK + uuid.uuid4().bytes, threading.Event()
         self._marks[mark] = done
         try:
-            self._writer.send(mark, socket.MSG_DONTWAIT)
+            self._notices.send(mark)
             return done.wait(patience)
         except OSError:  # no room: the thread is behind, or it has ended
-            return not any(thread.is_alive() for thread in self._threads)
+            return not any(thread.is_alive() for thread in self._threads[:2])
         finally:
             del self._marks[mark]
 
@@ -227,10 +237,8 @@ class Clerk:
             _release(grants, gone, host)
         finally:
             done.set()
-        if gone:  # not in this thread: claims must not wait for a broker that is away
-            thread = threading.Thread(target=_publish, args=(host, gone), daemon=True)
-            thread.start()
-            self._publishing = [each for each in self._publishing if each.is_alive()] + [thread]
+        if gone:
+            self._sendings.put(partial(_publish, gone))
 
     def _keep_committing(self, host: Failing) -> None:
         try:
@@ -238,6 +246,23 @@ class Clerk:
         finally:
             self._reader.close()  # the processes notice it and commit for themselves
             host.database.dispose()
+
+    def _keep_sending(self, host: Failing) -> None:
+        try:
+            while (work := self._sendings.get()) is not None:
+                with _logged("Messages are sent, and chords released, later"):
+                    work(host)
+        finally:
+            host.database.dispose()
+
+    def _send(self, followed: Unit, committed: Committed) -> None:
+        """Have done what follows from committed outcomes; the reaper does it where that waits."""
+        if not (followed.events or committed.ready):
+            return
+        if self._sendings.qsize() < _BEHIND:
+            self._sendings.put(partial(barrier.follow, unit=followed, committed=committed))
+        else:
+            logger.warning("The broker is slow: what follows from outcomes is left to the reaper")
 
     def _commit_until_told(self, host: Failing) -> None:
         more = True
@@ -250,25 +275,19 @@ class Clerk:
                     marks.append(data)
                 elif data.startswith(_SENT):
                     self._unmarked += json.loads(data[len(_SENT) :])
+                    self._due = self._due or time.monotonic() + wait
                 elif data in (_END, b""):
                     more = False
                 else:
                     with _logged("An outcome cannot be read, its task runs again"):
                         units.append(pickle.loads(data))
-            with _logged("Outcomes are lost, their tasks run again"):
-                _commit(host, units)
+            _commit(host, units, self._send)
             for mark in marks:
                 if (done := self._marks.get(mark)) is not None:
                     done.set()
-            self._mark(host, wait if more else 0.0)
-
-    def _mark(self, host: Failing, wait: float) -> None:
-        """Mark published messages, *wait* seconds after the first of them came."""
-        if self._unmarked and not self._due:
-            self._due = time.monotonic() + wait
-        if self._unmarked and (not wait or time.monotonic() >= self._due):
-            ids, self._unmarked, self._due = self._unmarked, [], 0.0
-            outbox.mark_published(host, ids)
+            if self._unmarked and (not more or time.monotonic() >= self._due):
+                ids, self._unmarked, self._due = self._unmarked, [], 0.0
+                outbox.mark_unclaimed(host, ids)
 
     def _received(self) -> Iterator[bytes]:
         """Yield what has been left, and what comes within a moment; nothing when marks are due."""
@@ -334,13 +353,16 @@ def _release(grants: list[Grant], gone: list[str], host: Failing) -> None:
     host.database.count(sql.RELEASE_AHEAD, parameters, host.settings.heartbeat)
 
 
-def _publish(host: Failing, ids: list[str]) -> None:
-    with _logged("Released tasks are published later, by the reaper"):
-        publish_recorded(host, ids)
+def _publish(ids: list[str], host: Failing) -> None:
+    publish_recorded(host, ids)
 
 
-def _commit(host: Failing, units: list[Unit]) -> None:
-    """Commit outcomes: those of members in one transaction, those of other tasks in another."""
+def _commit(host: Failing, units: list[Unit], send: Callable[[Unit, Committed], None]) -> None:
+    """Commit outcomes: those of members in one transaction, those of other tasks in another.
+
+    Parameters:
+        send: what does what follows: it must not wait for the broker.
+    """
     for statement, members in ((sql.FINISH_ALONES, False), (sql.FINISH_MEMBERS, True)):
         left = {}
         for unit in units:
@@ -348,13 +370,12 @@ def _commit(host: Failing, units: list[Unit]) -> None:
             assert isinstance(outcome, Outcome)
             if (outcome.fence.barrier is not None) is members:
                 left[outcome.task_id] = unit
-        if len(left) > 1:
-            followed, committed = _commit_many(host, statement, left)
-            with _logged("Messages are sent, and chords released, later"):
-                barrier.follow(host, followed, committed)
-        for task_id, unit in left.items():
-            with _logged(f"The outcome of task {task_id} is lost, it runs again"):
-                _commit_one(host, task_id, unit)
+        with _logged("Outcomes are lost, their tasks run again"):
+            if len(left) > 1:
+                send(*_commit_many(host, statement, left))
+            for task_id, unit in left.items():
+                with _logged(f"The outcome of task {task_id} is lost, it runs again"):
+                    _commit_one(host, task_id, unit, send)
 
 
 def _commit_many(host: Failing, statement: str, left: dict[str, Unit]) -> tuple[Unit, Committed]:
@@ -368,8 +389,10 @@ def _commit_many(host: Failing, statement: str, left: dict[str, Unit]) -> tuple[
         else:
             write = partial(write_batch, host=host, statement=statement, units=left)
             rows = host.database.transaction(write, patience)
-    except DispatchConflict as conflict:  # of one of them: which one is seen one by one
-        logger.debug("Outcomes are committed one by one: %s", conflict)
+    except DatabaseUnavailable:
+        raise
+    except Exception as error:  # of one of them: which one is seen one by one
+        logger.info("Outcomes are committed one by one: %s", error)
         return followed, Committed()
     for row in rows:
         if row.id in left:
@@ -377,18 +400,21 @@ def _commit_many(host: Failing, statement: str, left: dict[str, Unit]) -> tuple[
     return followed, Committed([row.ready for row in rows if row.ready])
 
 
-def _commit_one(host: Failing, task_id: str, unit: Unit) -> None:
+def _commit_one(
+    host: Failing, task_id: str, unit: Unit, send: Callable[[Unit, Committed], None]
+) -> None:
     try:
         committed = barrier.commit(host, unit, host.settings.outcome_timeout)
     except DatabaseUnavailable as error:
         logger.error("The outcome of task %s is given up: %s", task_id, error)
         return
-    except DispatchConflict as conflict:
+    except Exception as error:
+        # A conflict, or something that PostgreSQL cannot store: it would be so each time.
         assert unit.primary is not None
-        logger.error("What follows from task %s cannot be recorded: %s", task_id, conflict)
-        host.fail_recorded(task_id, unit.primary.fence.token, conflict)
+        logger.error("What follows from task %s cannot be recorded: %s", task_id, error)
+        host.fail_recorded(task_id, unit.primary.fence.token, error)
         return
     if committed is None:
         logger.warning("An outcome of task %s was refused: another run of it stands", task_id)
     else:
-        barrier.follow(host, unit, committed)
+        send(unit, committed)

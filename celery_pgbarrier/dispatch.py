@@ -35,21 +35,36 @@ def publish(
     """
     published: list[str] = []
     refused = {} if refused is None else refused
-    try:
-        with app.producer_pool.acquire(block=True) as producer:
-            firsts, rest = _by_route(envelopes)
-            for task_id, envelope in firsts:
-                if _publish_one(app, producer, task_id, envelope, refused):
-                    published.append(task_id)
-                if len(published) == 1:
-                    faults.point("dispatch.half-published")
-            if rest:
-                _publish_rest(producer, rest, published, refused)
-    except SoftTimeLimitExceeded:
-        raise
-    except Exception as error:
-        logger.warning("The broker is away, recorded messages are published later: %r", error)
+    left = list(envelopes)
+    while left:
+        before = len(published)
+        try:
+            _publish(app, left, published, refused)
+            break
+        except SoftTimeLimitExceeded:
+            raise
+        except Exception as error:
+            if len(published) == before:
+                logger.warning("The broker is away, messages are published later: %r", error)
+                break
+            # It took some: the connection was lost. A new one takes the rest, if there is one.
+            logger.info("The broker was lost amid messages, they go on: %r", error)
+        done = {*published, *refused}
+        left = [(task_id, envelope) for task_id, envelope in left if task_id not in done]
     return published
+
+
+def _publish(app: Celery, envelopes: _Messages, published: list[str], refused: _Refused) -> None:
+    """Publish messages and take down which ones; an error tells that the broker is away."""
+    with app.producer_pool.acquire(block=True) as producer:
+        firsts, rest = _by_route(envelopes)
+        for task_id, envelope in firsts:
+            if _publish_one(app, producer, task_id, envelope, refused):
+                published.append(task_id)
+            if len(published) == 1:
+                faults.point("dispatch.half-published")
+        if rest:
+            _publish_rest(producer, rest, published, refused)
 
 
 def _by_route(envelopes: Iterable[tuple[str, Envelope]]) -> tuple[_Messages, _Messages]:

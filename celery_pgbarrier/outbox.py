@@ -34,15 +34,17 @@ def publish(host: Host, unit: Unit, soon: bool = False) -> None:
     messages, batch = unit.messages, host.settings.batch_size
     for start in range(0, len(messages), batch):
         chunk = messages[start : start + batch]
-        taken = set(dispatch.publish(host.app, [(m.task_id, m.envelope) for m in chunk]))
+        refused: dict[str, Exception] = {}
+        envelopes = [(m.task_id, m.envelope) for m in chunk]
+        taken = set(dispatch.publish(host.app, envelopes, refused))
         sent = [m.task_id for m in chunk if m.task_id in taken and not m.presumed]
-        if not (soon and sent and marked_later is not None and marked_later(sent)):
+        if not (soon and sent and _marked_later(sent)):
             mark_published(host, sent)
         missed = [m for m in chunk if m.task_id not in taken]
         if any(m.presumed for m in chunk):  # all that are stand in one batch
             unsent = [m.task_id for m in missed if m.presumed]
             _quietly(partial(_confirm, host, unit, unsent), "saying that a chord is published")
-        if not taken:  # the broker is away: the reaper does the rest
+        if len(missed) > len(refused):  # the broker is away: the reaper does the rest
             break
     for send in unit.sent_events:
         _quietly(partial(_send_event, host, send), "task-sent event")
@@ -71,6 +73,24 @@ def mark_published(host: Host, ids: list[str]) -> None:
         statement = sql.TASKS_PUBLISHED_FEW if len(ids) <= FEW else sql.TASKS_PUBLISHED
         mark = partial(host.database.count, statement, parameters, 1.0)
         _quietly(mark, "marking messages as published")
+
+
+def mark_unclaimed(host: Host, ids: list[str]) -> None:
+    """Mark messages that were published a moment ago and have not been claimed since."""
+    batch = host.settings.batch_size
+    for start in range(0, len(ids), batch):
+        chunk = ids[start : start + batch]
+        parameters = {"ids": array(chunk), "after": host.settings.republish_after}
+        mark = partial(host.database.count, sql.TASKS_PUBLISHED_BEFORE, parameters, 1.0)
+        _quietly(mark, "marking messages as published")
+
+
+def _marked_later(ids: list[str]) -> bool:
+    try:
+        return marked_later is not None and marked_later(ids)
+    except Exception as error:  # a soft time limit, say: there is more to do
+        logger.warning("Messages are marked as published at once: %r", error)
+        return False
 
 
 def _quietly(work: Callable[[], Any], what: str) -> None:

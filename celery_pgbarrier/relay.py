@@ -106,9 +106,9 @@ def publish_due(host: GivingUp) -> Relayed:
         done.deferred += len(decided.defer)
         done.given_up += sum(_give_up(host, row) for row in decided.hopeless)
         if taken:
-            published = _publish(host, taken)
+            published, away = _publish(host, taken)
             done.published += published
-            if not published:  # the broker is away
+            if away:
                 break
         if found < host.settings.batch_size:
             break
@@ -160,8 +160,11 @@ def _advance(
     return sorted(advanced, key=lambda row: int(row.place))
 
 
-def _publish(host: Host, taken: Sequence[Row[Any]]) -> int:
-    """Publish messages that were taken up; those that the broker does not take are due again."""
+def _publish(host: Host, taken: Sequence[Row[Any]]) -> tuple[int, bool]:
+    """Publish messages that were taken up; those that the broker does not take are due again.
+
+    Returns how many it took, and whether it is away.
+    """
     faults.point("reap.advanced")
     refused: dict[str, Exception] = {}
     envelopes = list(_envelopes(taken))
@@ -171,7 +174,7 @@ def _publish(host: Host, taken: Sequence[Row[Any]]) -> int:
     for statement, ids in ((sql.TASKS_REFUSED, [*refused]), (sql.TASKS_UNPUBLISHED, missed)):
         if ids:
             host.database.count(statement, {"ids": ids, "after": after})
-    return len(published)
+    return len(published), bool(missed)
 
 
 def _envelopes(taken: Sequence[Row[Any]]) -> Iterator[tuple[str, Envelope]]:
@@ -219,9 +222,9 @@ def publish_interrupted(host: Host) -> int:
         taken = host.database.transaction(partial(_take_unconfirmed, host))
         if taken is None:
             break
-        sent = _publish(host, taken) if taken else 0
+        sent, away = _publish(host, taken)
         published += sent
-        if taken and not sent:  # the broker is away; they are due again, one by one
+        if away:  # they are due again, one by one
             break
     return published
 
@@ -263,9 +266,9 @@ def publish_lost(host: Host) -> int:
         if not taken:
             break
         logger.warning("%s messages are gone from their queues and are sent again", len(taken))
-        sent = _publish(host, taken)
+        sent, away = _publish(host, taken)
         published += sent
-        if not sent:
+        if away:
             break
     return published
 

@@ -108,6 +108,9 @@ def write_batch(
     statements = host.database.sql
     rows = direct.rows(connection, statements, statement, batch_parameters(host, units.values()))
     accepted = [units[row.id] for row in rows if row.id in units]
+    sent = Counter(message.task_id for unit in accepted for message in unit.messages)
+    if sent and sent.most_common(1)[0][1] > 1:  # one statement cannot record both
+        raise DispatchConflict(f"task id {sent.most_common(1)[0][0]} is sent by two tasks at once")
     count = sum(len(unit.events) for unit in accepted)
     settings = host.settings
     waits = tasks.Waits(settings.publish_grace + _PER_MESSAGE * count, settings.republish_after)

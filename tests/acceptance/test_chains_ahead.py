@@ -6,12 +6,14 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 from celery import chord, group
 
 from tests.acceptance.scene import Scene, sum_of
 from tests.acceptance.tasks import heard, part, total
+from tests.chaos.proxy import Proxy
 from tests.support.brokers import Broker
 from tests.support.tasks import add, notes
 from tests.support.waiting import wait_until
@@ -127,3 +129,29 @@ def test_a_worker_ends_amid_chains(scene: Scene) -> None:
         worker.wait_ready()
     scene.wait_settled({"warm": sum_of(6), **dict.fromkeys(labels, EXPECTED)}, 60)
     assert scene.query("SELECT max(crashes) FROM pgbarrier_task") == [(0,)]
+
+
+@pytest.mark.slow
+def test_a_broker_that_takes_nothing_holds_up_no_outcome(
+    make_scene: Callable[..., Scene], database_url: str, redis_broker: Broker
+) -> None:
+    """What follows waits for it in a thread of its own, while what comes is run and committed."""
+    url = urlsplit(redis_broker.url)
+    with Proxy(url.port or 6379) as proxy:
+        writes = urlunsplit(url._replace(netloc=f"127.0.0.1:{proxy.port}"))
+        scene = make_scene(database_url, redis_broker)
+        worker = warm(scene, settings={"broker_write_url": writes})
+        done = scene.finished()
+        worker.send(signal.SIGSTOP)
+        first = group(add.s(n, 1) for n in range(10))()
+        chains = group(steps(n) for n in range(20))()
+        plain = group(add.s(n, 1) for n in range(MANY * 5))()
+        proxy.freeze()
+        worker.send(signal.SIGCONT)
+        expected = done + len(first) + len(chains) + len(plain)
+        wait_until(lambda: scene.finished() >= expected, 60, scene.report)
+        assert not chains.ready()
+        proxy.heal()
+        assert chains.get(timeout=60) == [n + 2 for n in range(20)]
+        wait_until(lambda: not scene.open(), 30, scene.report)
+        assert scene.query("SELECT max(attempt), max(crashes) FROM pgbarrier_task") == [(1, 0)]

@@ -6,14 +6,16 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery, chord, group, states
 
-from celery_pgbarrier import ahead, clerk, reaper
-from celery_pgbarrier.errors import DatabaseUnavailable, DispatchConflict
+from celery_pgbarrier import ahead, barrier, clerk, outbox, reaper
+from celery_pgbarrier.backend import BarrierBackend
+from celery_pgbarrier.errors import DispatchConflict
 from celery_pgbarrier.lease import Attempt
 from celery_pgbarrier.unit import Unit
 from tests.support import databases
@@ -54,8 +56,9 @@ class Leaving:
 
     def commit(self, units: list[Unit]) -> None:
         """What the clerk does with what it was left."""
+        backend = self.worker.app.backend
         with self.worker.identity():
-            clerk._commit(self.worker.app.backend, units)
+            clerk._commit(backend, units, partial(barrier.follow, backend))
 
     def drain(self) -> list[int]:
         """Run and commit until nothing waits; how many outcomes were left each time."""
@@ -190,21 +193,75 @@ def test_a_step_whose_id_runs_for_another_call_fails_its_task_only(
     assert other.get(timeout=5) == [0]
 
 
-def test_a_batch_is_given_up_at_once_where_the_database_stays_away(
-    leaving: Leaving, wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("left", [True, False], ids=["left", "own"])
+def test_two_tasks_of_a_batch_that_send_the_same_id(
+    leaving: Leaving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
 ) -> None:
+    """The second fails, as it does where a process commits its own; the others are as they are."""
+    if not left:
+        monkeypatch.setattr(ahead, "leave", lambda unit, attempt: False)
+    path = str(tmp_path / "runs")
+    shared = noted.s(path).set(task_id="shared")
+    results = [
+        add.s(n, 0).set(link=shared if n in (1, 3) else noted.s(path)).delay() for n in range(MANY)
+    ]
+    with nullcontext() if left else pytest.warns(RuntimeWarning, match="outside body"):
+        leaving.drain()
+    assert [result.state for result in results].count(states.FAILURE) == 1
+    assert results[3].state == states.FAILURE
+    assert sorted(notes(path)) == ["0", "1", "2", "4"]
+
+
+def test_an_outcome_that_cannot_be_stored_fails_alone(leaving: Leaving, tmp_path: Path) -> None:
+    """PostgreSQL has no text with a NUL in it."""
+    path = str(tmp_path / "runs")
+    results = [(add.s(n, 0) | noted.s(path).set(task_id=f"{n}")).delay() for n in range(MANY)]
+    units = leaving.run()
+    (message,) = units[2].messages
+    message.task_id = "2\0"
+    first = units[2].primary
+    assert first is not None
+    leaving.commit(units)
+    leaving.drain()
+    assert sorted(notes(path)) == ["0", "1", "3", "4"]
+    parents = {result.parent.id: result.parent for result in results}
+    assert parents.pop(first.task_id).state == states.FAILURE
+    assert {parent.state for parent in parents.values()} == {states.SUCCESS}
+
+
+def test_a_late_mark_is_of_what_nobody_has_claimed(backend: BarrierBackend, tables: Tables) -> None:
+    """A task that was claimed and put back has a message that is still to be published."""
+    chord([add.s(n, n) for n in range(3)], xsum.s())()
+    fresh, held, back = (row.id for row in tables.ask("SELECT id FROM pgbarrier_task"))
+    tables.ask("UPDATE pgbarrier_task SET published_at = NULL,"
+               " due_at = clock_timestamp() + interval '1 s'")  # fmt: skip
+    tables.ask("UPDATE pgbarrier_task SET state = 'running', attempt = 1 WHERE id = :id", id=held)
+    tables.ask("UPDATE pgbarrier_task SET attempt = 1 WHERE id = :id", id=back)
+    outbox.mark_unclaimed(backend, [fresh, held, back])
+    marked = tables.ask("SELECT id FROM pgbarrier_task WHERE published_at IS NOT NULL")
+    assert [row.id for row in marked] == [fresh]
+    assert tables.value("SELECT due_at > clock_timestamp() + interval '4 min'"
+                        " FROM pgbarrier_task WHERE id = :id", id=fresh)  # fmt: skip
+
+
+def test_a_batch_is_given_up_at_once_where_the_database_stays_away(
+    leaving: Leaving, wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """Not one outcome after the other, each with the patience of all: the tasks run again."""
     backend = leaving.worker.app.backend
     monkeypatch.setattr(backend, "_settings", replace(backend.settings, outcome_timeout=0.5))
     alone: list[str] = []
-    monkeypatch.setattr(clerk, "_commit_one", lambda host, task_id, unit: alone.append(task_id))
+    monkeypatch.setattr(clerk, "_commit_one", lambda *arguments: alone.append(arguments[1]))
     path = str(tmp_path / "runs")
     group(add.s(n, 0) | noted.s(path) for n in range(MANY))()
     units = leaving.run()
     wire.cut("COMMIT", stay=True)
-    with pytest.raises(DatabaseUnavailable):
-        leaving.commit(units)
+    leaving.commit(units)
     assert alone == []
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "Outcomes are lost, their tasks run again"
+    ]
     wire.mend()
 
 

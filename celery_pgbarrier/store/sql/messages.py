@@ -30,6 +30,12 @@ TASKS_PUBLISHED_FEW_BODY = TASKS_PUBLISHED.replace(
     "t.id = sent.id", "t.id = ANY(CAST(:ids AS text[])) AND t.id = sent.id"
 )
 
+#: The same of messages that were published a moment ago: of tasks that nobody has claimed.  What
+#: was claimed may have been put back since, with a message that is still to be published.
+TASKS_PUBLISHED_BEFORE = TASKS_PUBLISHED.replace(
+    "t.state = 'queued'", "t.state = 'queued' AND t.attempt = 0"
+)
+
 #: All messages of these barriers are with the broker.  Not flushed, like the mark.
 DISPATCH_DONE = """
 DELETE FROM {s}pgbarrier_dispatch AS d
