@@ -1,10 +1,13 @@
 """The clerk: threads of a worker's parent that claim, and commit outcomes, in batches.
 
 They keep no state of the worker's: what they are told to claim they claim or not, what they are
-left they commit.  What they cannot do in a batch goes through the statements for one task.  A third
-thread does what may have to wait for the broker: it publishes what follows from outcomes, and
-releases chords.  About once a second what was published is marked; most of it has been claimed by
-then.
+left they commit.  What they cannot do in a batch goes through the statements for one task.
+
+Two threads take turns with outcomes: one takes and commits them; where messages follow from them,
+or a chord is complete, it leaves the next ones to the other and sends what follows itself.  So that
+begins at once, and no outcome waits for a broker that takes nothing: what the other one commits
+meanwhile is sent by the first.  About once a second what was sent is marked; most of it has been
+claimed by then.
 """
 
 from __future__ import annotations
@@ -106,7 +109,9 @@ class Clerk:
         self._notices = self._writer.dup()  # for what must not wait for room
         self._notices.setblocking(False)
         self._orders: SimpleQueue[_Work | None] = SimpleQueue()
-        self._sendings: SimpleQueue[_Work | None] = SimpleQueue()
+        self._sendings: deque[_Work] = deque()
+        self._committing, self._sending = threading.Lock(), threading.Lock()
+        self._ended = False  # nothing is taken any more, and all that was taken is settled
         self._marks: dict[bytes, threading.Event] = {}
         self._threads: list[threading.Thread] = []
         self._unmarked: list[str] = []  # of the thread that commits
@@ -126,8 +131,8 @@ class Clerk:
         """Start the threads, each with a backend of its own."""
         for name, target in (
             ("claims", self._keep_claiming),
-            ("outcomes", self._keep_committing),
-            ("broker", self._keep_sending),
+            ("outcomes-1", self._keep_committing),
+            ("outcomes-2", self._keep_committing),
         ):
             thread = threading.Thread(
                 target=target, args=(make_host(),), name=f"pgbarrier-{name}", daemon=True
@@ -141,10 +146,7 @@ class Clerk:
         with suppress(OSError):
             self._writer.send(_END)
         deadline = time.monotonic() + patience
-        for thread in self._threads[:2]:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        self._sendings.put(None)  # after what they have left to it
-        for thread in self._threads[2:]:
+        for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
 
     def inherit(self) -> None:
@@ -207,7 +209,7 @@ class Clerk:
             self._notices.send(mark)
             return done.wait(patience)
         except OSError:  # no room: the thread is behind, or it has ended
-            return not any(thread.is_alive() for thread in self._threads[:2])
+            return self._ended
         finally:
             del self._marks[mark]
 
@@ -237,57 +239,73 @@ class Clerk:
             _release(grants, gone, host)
         finally:
             done.set()
-        if gone:
-            self._sendings.put(partial(_publish, gone))
+        if gone:  # not in this thread: claims must not wait for a broker that is away
+            self._sendings.append(partial(_publish, gone))
+            self.sent([])  # wakes a thread
 
     def _keep_committing(self, host: Failing) -> None:
+        wait = min(_UNMARKED, _PART * host.settings.publish_grace)
         try:
-            self._commit_until_told(host)
+            while not self._ended:
+                with self._committing:
+                    while not (self._ended or self._to_send()):
+                        self._take_turn(host, wait)
+                self._send(host)
         finally:
-            self._reader.close()  # the processes notice it and commit for themselves
+            with self._committing:
+                self._end()
             host.database.dispose()
 
-    def _keep_sending(self, host: Failing) -> None:
-        try:
-            while (work := self._sendings.get()) is not None:
-                with _logged("Messages are sent, and chords released, later"):
-                    work(host)
-        finally:
-            host.database.dispose()
+    def _end(self) -> None:
+        self._ended = True
+        self._reader.close()  # the processes notice it and commit for themselves
 
-    def _send(self, followed: Unit, committed: Committed) -> None:
+    def _take_turn(self, host: Failing, wait: float) -> None:
+        """Commit what has been left, mark what was sent."""
+        units: list[Unit] = []
+        marks, ends = [], False
+        for data in self._received():
+            if data.startswith(_MARK):
+                marks.append(data)
+            elif data.startswith(_SENT):
+                self._unmarked += json.loads(data[len(_SENT) :])
+                self._due = self._due or time.monotonic() + wait
+            elif data in (_END, b""):
+                ends = True
+            else:
+                with _logged("An outcome cannot be read, its task runs again"):
+                    units.append(pickle.loads(data))
+        _commit(host, units, self._follow)
+        for mark in marks:
+            if (done := self._marks.get(mark)) is not None:
+                done.set()
+        if self._unmarked and (ends or time.monotonic() >= self._due):
+            ids, self._unmarked, self._due = self._unmarked, [], 0.0
+            outbox.mark_unclaimed(host, ids)
+        if ends:
+            self._end()
+
+    def _follow(self, followed: Unit, committed: Committed) -> None:
         """Have done what follows from committed outcomes; the reaper does it where that waits."""
         if not (followed.events or committed.ready):
             return
-        if self._sendings.qsize() < _BEHIND:
-            self._sendings.put(partial(barrier.follow, unit=followed, committed=committed))
+        if len(self._sendings) < _BEHIND:
+            self._sendings.append(partial(barrier.follow, unit=followed, committed=committed))
         else:
             logger.warning("The broker is slow: what follows from outcomes is left to the reaper")
 
-    def _commit_until_told(self, host: Failing) -> None:
-        more = True
-        wait = min(_UNMARKED, _PART * host.settings.publish_grace)
-        while more:
-            units: list[Unit] = []
-            marks = []
-            for data in self._received():
-                if data.startswith(_MARK):
-                    marks.append(data)
-                elif data.startswith(_SENT):
-                    self._unmarked += json.loads(data[len(_SENT) :])
-                    self._due = self._due or time.monotonic() + wait
-                elif data in (_END, b""):
-                    more = False
-                else:
-                    with _logged("An outcome cannot be read, its task runs again"):
-                        units.append(pickle.loads(data))
-            _commit(host, units, self._send)
-            for mark in marks:
-                if (done := self._marks.get(mark)) is not None:
-                    done.set()
-            if self._unmarked and (not more or time.monotonic() >= self._due):
-                ids, self._unmarked, self._due = self._unmarked, [], 0.0
-                outbox.mark_unclaimed(host, ids)
+    def _to_send(self) -> bool:
+        return bool(self._sendings) and not self._sending.locked()
+
+    def _send(self, host: Failing) -> None:
+        """Do what waits for the broker, unless the other thread is about it."""
+        while self._sendings and self._sending.acquire(blocking=False):
+            try:
+                while self._sendings:
+                    with _logged("Messages are sent, and chords released, later"):
+                        self._sendings.popleft()(host)
+            finally:
+                self._sending.release()
 
     def _received(self) -> Iterator[bytes]:
         """Yield what has been left, and what comes within a moment; nothing when marks are due."""

@@ -136,15 +136,16 @@ def test_a_broker_that_takes_nothing_holds_up_no_outcome(
     make_scene: Callable[..., Scene], database_url: str, redis_broker: Broker
 ) -> None:
     """What follows waits for it in a thread of its own, while what comes is run and committed."""
-    url = urlsplit(redis_broker.url)
+    url, few = urlsplit(redis_broker.url), 3
     with Proxy(url.port or 6379) as proxy:
         writes = urlunsplit(url._replace(netloc=f"127.0.0.1:{proxy.port}"))
         scene = make_scene(database_url, redis_broker)
-        worker = warm(scene, settings={"broker_write_url": writes})
+        # A busy machine may leave a step to its process, which waits for the broker then.
+        worker = warm(scene, settings={"broker_write_url": writes}, concurrency=few + 1)
         done = scene.finished()
         worker.send(signal.SIGSTOP)
         first = group(add.s(n, 1) for n in range(10))()
-        chains = group(steps(n) for n in range(20))()
+        chains = group(steps(n) for n in range(few))()
         plain = group(add.s(n, 1) for n in range(MANY * 5))()
         proxy.freeze()
         worker.send(signal.SIGCONT)
@@ -152,6 +153,6 @@ def test_a_broker_that_takes_nothing_holds_up_no_outcome(
         wait_until(lambda: scene.finished() >= expected, 60, scene.report)
         assert not chains.ready()
         proxy.heal()
-        assert chains.get(timeout=60) == [n + 2 for n in range(20)]
+        assert chains.get(timeout=60) == [n + 2 for n in range(few)]
         wait_until(lambda: not scene.open(), 30, scene.report)
         assert scene.query("SELECT max(attempt), max(crashes) FROM pgbarrier_task") == [(1, 0)]
