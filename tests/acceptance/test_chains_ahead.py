@@ -52,7 +52,11 @@ EXPECTED = sum_of(MANY) + MANY * (STEPS - 1)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["alone", "members"])
-def test_steps_cost_fewer_transactions_than_tasks(scene: Scene, kind: str) -> None:
+def test_steps_cost_fewer_transactions_than_tasks(
+    make_scene: Callable[..., Scene], database_url: str, redis_broker: Broker, kind: str
+) -> None:
+    patient = {"pgbarrier_publish_grace": 30.0, "pgbarrier_republish_after": 60.0}
+    scene = make_scene(database_url, redis_broker, **patient)
     worker = warm(scene)
     done = scene.finished()
     worker.send(signal.SIGSTOP)
@@ -141,7 +145,10 @@ def test_a_broker_that_takes_nothing_holds_up_no_outcome(
         writes = urlunsplit(url._replace(netloc=f"127.0.0.1:{proxy.port}"))
         scene = make_scene(database_url, redis_broker)
         # A busy machine may leave a step to its process, which waits for the broker then.
-        worker = warm(scene, settings={"broker_write_url": writes}, concurrency=few + 1)
+        worker = warm(
+            scene, settings={"broker_write_url": writes}, concurrency=few + 1,
+            arguments=["--without-heartbeat"],
+        )  # fmt: skip
         done = scene.finished()
         worker.send(signal.SIGSTOP)
         first = group(add.s(n, 1) for n in range(10))()
