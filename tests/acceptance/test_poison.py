@@ -58,7 +58,7 @@ def test_a_deadly_member_is_given_up(
     scene.submit("other", 8)
     # Not waited for: it may die before its log is looked at. What a process has in other threads
     # dies with it, and would be counted as well.
-    concurrency = 1 if pool == "threads" else 2
+    concurrency = 1 if pool in ("threads", "gevent") else 2
     worker = scene.worker(pool=pool, concurrency=concurrency, ready=False)
 
     def given_up() -> bool:
