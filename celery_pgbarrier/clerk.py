@@ -24,21 +24,21 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 from celery_pgbarrier import barrier, outbox
+from celery_pgbarrier.batch import commit, logged
 from celery_pgbarrier.envelope import Envelope
-from celery_pgbarrier.errors import DatabaseUnavailable
 from celery_pgbarrier.lease import boot, publish_recorded
 from celery_pgbarrier.reaper import Failing
 from celery_pgbarrier.store import sql
 from celery_pgbarrier.store.tasks import array
-from celery_pgbarrier.unit import Fence, Outcome, Stamp, Unit
-from celery_pgbarrier.writing import Committed, batch_parameters, write_batch
+from celery_pgbarrier.unit import Fence, Stamp, Unit
+from celery_pgbarrier.writing import Committed
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class Clerk:
         finally:
             done.set()
         if gone:  # not in this thread: claims must not wait for a broker that is away
-            self._sendings.append(partial(_publish, gone))
+            self._sendings.append(partial(publish_recorded, ids=gone))
             self.sent([])  # wakes a thread
 
     def _keep_committing(self, host: Failing) -> None:
@@ -273,9 +273,9 @@ class Clerk:
             elif data in (_END, b""):
                 ends = True
             else:
-                with _logged("An outcome cannot be read, its task runs again"):
+                with logged("An outcome cannot be read, its task runs again"):
                     units.append(pickle.loads(data))
-        _commit(host, units, self._follow)
+        commit(host, units, self._follow)
         for mark in marks:
             if (done := self._marks.get(mark)) is not None:
                 done.set()
@@ -302,7 +302,7 @@ class Clerk:
         while self._sendings and self._sending.acquire(blocking=False):
             try:
                 while self._sendings:
-                    with _logged("Messages are sent, and chords released, later"):
+                    with logged("Messages are sent, and chords released, later"):
                         self._sendings.popleft()(host)
             finally:
                 self._sending.release()
@@ -319,15 +319,6 @@ class Clerk:
             except BlockingIOError:
                 return
             yield data
-
-
-@contextmanager
-def _logged(what: str) -> Iterator[None]:
-    """Log an error of one and go on with the others."""
-    try:
-        yield
-    except Exception:
-        logger.exception("%s", what)
 
 
 def _claim(grants: list[Grant], granted: deque[Any], host: Failing) -> None:
@@ -369,70 +360,3 @@ def _release(grants: list[Grant], gone: list[str], host: Failing) -> None:
         "grace": host.settings.publish_grace,
     }
     host.database.count(sql.RELEASE_AHEAD, parameters, host.settings.heartbeat)
-
-
-def _publish(ids: list[str], host: Failing) -> None:
-    publish_recorded(host, ids)
-
-
-def _commit(host: Failing, units: list[Unit], send: Callable[[Unit, Committed], None]) -> None:
-    """Commit outcomes: those of members in one transaction, those of other tasks in another.
-
-    Parameters:
-        send: what does what follows: it must not wait for the broker.
-    """
-    for statement, members in ((sql.FINISH_ALONES, False), (sql.FINISH_MEMBERS, True)):
-        left = {}
-        for unit in units:
-            outcome = unit.primary
-            assert isinstance(outcome, Outcome)
-            if (outcome.fence.barrier is not None) is members:
-                left[outcome.task_id] = unit
-        with _logged("Outcomes are lost, their tasks run again"):
-            if len(left) > 1:
-                send(*_commit_many(host, statement, left))
-            for task_id, unit in left.items():
-                with _logged(f"The outcome of task {task_id} is lost, it runs again"):
-                    _commit_one(host, task_id, unit, send)
-
-
-def _commit_many(host: Failing, statement: str, left: dict[str, Unit]) -> tuple[Unit, Committed]:
-    """Commit outcomes and take the accepted ones out of *left*; return what follows from them."""
-    patience, units = host.settings.outcome_timeout, list(left.values())
-    followed = Unit()
-    try:
-        if all(unit.plain for unit in units):
-            parameters = batch_parameters(host, units)
-            rows = host.database.statement(statement, parameters, patience)
-        else:
-            write = partial(write_batch, host=host, statement=statement, units=left)
-            rows = host.database.transaction(write, patience)
-    except DatabaseUnavailable:
-        raise
-    except Exception as error:  # of one of them: which one is seen one by one
-        logger.info("Outcomes are committed one by one: %s", error)
-        return followed, Committed()
-    for row in rows:
-        if row.id in left:
-            followed.events += left.pop(row.id).events
-    return followed, Committed([row.ready for row in rows if row.ready])
-
-
-def _commit_one(
-    host: Failing, task_id: str, unit: Unit, send: Callable[[Unit, Committed], None]
-) -> None:
-    try:
-        committed = barrier.commit(host, unit, host.settings.outcome_timeout)
-    except DatabaseUnavailable as error:
-        logger.error("The outcome of task %s is given up: %s", task_id, error)
-        return
-    except Exception as error:
-        # A conflict, or something that PostgreSQL cannot store: it would be so each time.
-        assert unit.primary is not None
-        logger.error("What follows from task %s cannot be recorded: %s", task_id, error)
-        host.fail_recorded(task_id, unit.primary.fence.token, error)
-        return
-    if committed is None:
-        logger.warning("An outcome of task %s was refused: another run of it stands", task_id)
-    else:
-        send(unit, committed)

@@ -108,9 +108,9 @@ def write_batch(
     statements = host.database.sql
     rows = direct.rows(connection, statements, statement, batch_parameters(host, units.values()))
     accepted = [units[row.id] for row in rows if row.id in units]
-    sent = Counter(message.task_id for unit in accepted for message in unit.messages)
-    if sent and sent.most_common(1)[0][1] > 1:  # one statement cannot record both
-        raise DispatchConflict(f"task id {sent.most_common(1)[0][0]} is sent by two tasks at once")
+    twice = _twice(message.task_id for unit in accepted for message in unit.messages)
+    if twice is not None:  # one statement cannot record both
+        raise DispatchConflict(f"task id {twice} is sent by two tasks at once")
     count = sum(len(unit.events) for unit in accepted)
     settings = host.settings
     waits = tasks.Waits(settings.publish_grace + _PER_MESSAGE * count, settings.republish_after)
@@ -215,13 +215,17 @@ def _rows(unit: Unit, presumed: bool) -> Iterator[tasks.Row]:
 
 def _refuse_twice(barrier: Barrier, members: list[str]) -> None:
     """Refuse a chord whose header holds an id twice."""
-    if len(set(members)) == len(members):
-        return
-    twice = next(task_id for task_id, n in Counter(members).items() if n > 1)
-    raise DispatchConflict(
-        f"the header of chord {barrier.id} holds task id {twice} twice: clone the signature "
-        "and give the clone an id of its own"
-    )
+    twice = _twice(members)
+    if twice is not None:
+        raise DispatchConflict(
+            f"the header of chord {barrier.id} holds task id {twice} twice: clone the signature "
+            "and give the clone an id of its own"
+        )
+
+
+def _twice(ids: Iterable[str]) -> str | None:
+    """Return an id that comes more than once, None where there is none."""
+    return next((task_id for task_id, count in Counter(ids).items() if count > 1), None)
 
 
 def _open(

@@ -66,6 +66,9 @@ SELECT t.id, t.name, t.state, t.status, count(h.id) AS outcomes
  GROUP BY t.id, t.name, t.state, t.status HAVING count(h.id) <> 1
 """
 
+#: How many transactions the outcomes that stand took.
+TRANSACTIONS = "SELECT count(DISTINCT CAST(xmin AS text)) FROM pgbarrier_task WHERE state = 'done'"
+
 GRANTS = """
 SELECT t.id, t.name, t.attempt, t.crashes,
        array_agg(h.at ORDER BY h.at) FILTER (WHERE h.became = 'running') AS granted,

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 from celery import chord, group
 
-from tests.acceptance.scene import Scene, sum_of
+from tests.acceptance.scene import TRANSACTIONS, Scene, sum_of
 from tests.acceptance.tasks import heard, part, total
 from tests.chaos.proxy import Proxy
 from tests.support.brokers import Broker
@@ -20,7 +20,6 @@ from tests.support.waiting import wait_until
 from tests.support.workers import WorkerProcess
 
 MANY, STEPS = 60, 3
-TRANSACTIONS = "SELECT count(DISTINCT CAST(xmin AS text)) FROM pgbarrier_task WHERE state = 'done'"
 RUNS = "SELECT count(*), max(attempt), max(crashes) FROM pgbarrier_task"
 
 

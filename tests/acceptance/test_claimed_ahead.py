@@ -18,7 +18,7 @@ from celery.result import GroupResult
 
 from celery_pgbarrier.embedded import EmbeddedPostgres
 from celery_pgbarrier.lease import publish_recorded
-from tests.acceptance.scene import Scene, sum_of
+from tests.acceptance.scene import TRANSACTIONS, Scene, sum_of
 from tests.acceptance.tasks import part, total
 from tests.support.brokers import Broker
 from tests.support.tasks import add, retry_until
@@ -27,7 +27,6 @@ from tests.support.workers import WorkerProcess
 
 MANY = 120
 AHEAD = "SELECT count(DISTINCT id) FROM task_history WHERE became = 'running' AND pid = 0"
-TRANSACTIONS = "SELECT count(DISTINCT CAST(xmin AS text)) FROM pgbarrier_task WHERE state = 'done'"
 HELD = "SELECT id, state, crashes FROM pgbarrier_task WHERE state NOT IN ('done', 'queued')"
 QUEUED = "SELECT count(*) FROM pgbarrier_task WHERE state = 'queued'"
 UNPUBLISHED = f"{QUEUED} AND published_at IS NULL"

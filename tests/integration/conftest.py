@@ -94,6 +94,19 @@ def charges(tables: Tables) -> Callable[[], list[str]]:
 
 
 @pytest.fixture
+def wired(
+    make_app: Callable[..., Celery], redis_broker: Broker, wire: Wire
+) -> Iterator[InlineWorker]:
+    """A worker whose line to PostgreSQL can be cut."""
+    app = make_app(redis_broker, databases.backend_url(wire.url))
+    with workers(app, redis_broker) as make:
+        worker = make()
+        tasks.add.delay(0, 0)
+        worker.drain()
+        yield worker
+
+
+@pytest.fixture
 def make_worker(app: Celery, redis_broker: Broker) -> Iterator[Callable[..., InlineWorker]]:
     """``make_worker(name)``: one more worker inside this process."""
     with workers(app, redis_broker) as make:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from celery_pgbarrier import reaper
 from celery_pgbarrier.embedded import EmbeddedPostgres
 from celery_pgbarrier.store import schema
 from celery_pgbarrier.store.database import Database
-from tests.support import databases
 from tests.support.app import FAST_RECOVERY
 from tests.support.brokers import Broker
-from tests.support.inline import InlineWorker, workers
+from tests.support.inline import InlineWorker
 from tests.support.tables import Tables
 from tests.support.tasks import (
     add,
@@ -42,19 +41,6 @@ Hook = Callable[[str], Callable[[Callable[..., Any]], Callable[..., Any]]]
 @pytest.fixture
 def database_url(emptied_database_url: str) -> str:
     return emptied_database_url
-
-
-@pytest.fixture
-def wired(
-    make_app: Callable[..., Celery], redis_broker: Broker, wire: Wire
-) -> Iterator[InlineWorker]:
-    """A worker whose line to PostgreSQL can be cut."""
-    app = make_app(redis_broker, databases.backend_url(wire.url))
-    with workers(app, redis_broker) as make:
-        worker = make()
-        add.delay(0, 0)
-        worker.drain()
-        yield worker
 
 
 #: What is said on the line when: the answer to it is lost.

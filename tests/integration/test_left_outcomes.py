@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery, chord, group, states
+from celery import chord, group, states
 
-from celery_pgbarrier import ahead, barrier, clerk, outbox, reaper
+from celery_pgbarrier import ahead, barrier, batch, outbox, reaper
 from celery_pgbarrier.backend import BarrierBackend
 from celery_pgbarrier.errors import DispatchConflict
 from celery_pgbarrier.lease import Attempt
 from celery_pgbarrier.unit import Unit
-from tests.support import databases
-from tests.support.brokers import Broker
-from tests.support.inline import InlineWorker, workers
+from tests.support.inline import InlineWorker
 from tests.support.tables import Tables
 from tests.support.tasks import add, fail, identity, noted, notes, xsum
 from tests.support.wire import Wire
@@ -58,33 +56,20 @@ class Leaving:
         """What the clerk does with what it was left."""
         backend = self.worker.app.backend
         with self.worker.identity():
-            clerk._commit(backend, units, partial(barrier.follow, backend))
+            batch.commit(backend, units, partial(barrier.follow, backend))
 
-    def drain(self) -> list[int]:
-        """Run and commit until nothing waits; how many outcomes were left each time."""
-        sizes = []
+    def drain(self) -> None:
+        """Run and commit until nothing waits."""
         while units := self.run():
-            sizes.append(len(units))
             self.commit(units)
-        return sizes
 
 
 @pytest.fixture
-def leaving(
-    make_app: Callable[..., Celery],
-    redis_broker: Broker,
-    wire: Wire,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Leaving]:
-    app = make_app(redis_broker, databases.backend_url(wire.url))
-    with workers(app, redis_broker) as make:
-        worker = make()
-        add.delay(0, 0)
-        worker.drain()
-        leaving = Leaving(worker)
-        monkeypatch.setattr(ahead, "leave", leaving.leave)
-        monkeypatch.setattr(ahead, "has_left", leaving.ids.__contains__)
-        yield leaving
+def leaving(wired: InlineWorker, monkeypatch: pytest.MonkeyPatch) -> Leaving:
+    leaving = Leaving(wired)
+    monkeypatch.setattr(ahead, "leave", leaving.leave)
+    monkeypatch.setattr(ahead, "has_left", leaving.ids.__contains__)
+    return leaving
 
 
 #: Chains by what they are part of, and what comes of MANY of them.
@@ -115,7 +100,6 @@ def test_steps_and_links_follow_from_a_batch(
     path = str(tmp_path / "runs")
     called, expected = CANVASES[canvas](path)
     result = called()
-    wire.said.clear()
     units = leaving.run()
     assert len(units) == MANY
     wire.said.clear()
@@ -252,7 +236,7 @@ def test_a_batch_is_given_up_at_once_where_the_database_stays_away(
     backend = leaving.worker.app.backend
     monkeypatch.setattr(backend, "_settings", replace(backend.settings, outcome_timeout=0.5))
     alone: list[str] = []
-    monkeypatch.setattr(clerk, "_commit_one", lambda *arguments: alone.append(arguments[1]))
+    monkeypatch.setattr(batch, "_commit_one", lambda *arguments: alone.append(arguments[1]))
     path = str(tmp_path / "runs")
     group(add.s(n, 0) | noted.s(path) for n in range(MANY))()
     units = leaving.run()
